@@ -1,0 +1,97 @@
+"""The Ray cluster that a pipeline runs on: a running one, or a private one on this machine."""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+
+from unmask.errors import ConfigError, UserError
+
+_PRINTED_USER_ERROR = re.compile(r"^unmask\.errors\.\w+: (.+)$", re.MULTILINE)
+
+
+class FaultError(RuntimeError):
+    """A run that failed although nothing in the recipe is wrong: engines or nodes died beyond the retries."""
+
+
+def connect(*, num_cpus: float = 1, num_gpus: float = 0) -> None:
+    """Join the cluster named by `RAY_ADDRESS`, or start a private one; do nothing inside an initialised Ray.
+
+    A private cluster demands a token of its own, keeps its files in a short-named folder that goes when the
+    process ends, and counts at least `num_cpus` CPUs, so that a pipeline runs on any machine.
+
+    Args:
+        num_cpus: CPUs that the pipeline needs at the same time.
+        num_gpus: GPUs that it needs; a private cluster cannot make them up.
+
+    Raises:
+        ConfigError: this machine has too few GPUs.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if address and _has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray
+
+    if ray.is_initialized():
+        return
+    if address:
+        ray.init(address=address, log_to_driver=False)
+        return
+    _start_private(max(os.cpu_count() or 1, math.ceil(num_cpus)))
+    available = ray.cluster_resources().get("GPU", 0)
+    if num_gpus > available:
+        raise ConfigError(
+            f"the recipe asks for {num_gpus:g} GPUs and this machine has {available:g}; "
+            "set RAY_ADDRESS to a cluster, or ask for less"
+        )
+
+
+def explain(error: BaseException) -> UserError | FaultError:
+    """What to tell the user of an error that came back through Ray: their mistake if it was one, else the fault."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    # Of an actor that failed to start Ray keeps only the printed traceback.
+    if printed := _PRINTED_USER_ERROR.findall(str(error)):
+        return UserError(printed[-1])
+    last_line = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+    return FaultError(last_line.strip())
+
+
+def _has_token() -> bool:
+    named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    return bool(named) or (Path.home() / ".ray" / "auth_token").is_file()
+
+
+def _start_private(num_cpus: int) -> None:
+    import ray
+
+    # Ray turns token authentication on for a cluster that it starts here, and would leave a readable token file.
+    if not _has_token():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    folder = tempfile.mkdtemp(prefix="unmask-")
+    atexit.register(_end_private, folder)
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        dashboard_host="127.0.0.1",
+        _node_ip_address="127.0.0.1",
+        _temp_dir=folder,
+        log_to_driver=False,
+        configure_logging=False,
+    )
+
+
+def _end_private(folder: str) -> None:
+    import ray
+
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,58 @@
+"""The evaluation worker: one process with target, draft and n-gram table, given a share of the prompts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from unmask.checkpoints import load_draft
+from unmask.decoding.ngram import NgramProposer
+from unmask.evaluation.pairing import PairingEvaluator
+from unmask.models.target import TargetModel
+from unmask.trajectories import read_tables
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluatorSpec:
+    """What a worker is told."""
+
+    target_path: str
+    draft_path: str
+    run_dir: str
+    num_speculative_tokens: int
+    max_new_tokens: int
+    threads: int
+
+
+class Evaluator:
+    """Evaluates prompts one after another."""
+
+    def __init__(self, spec: EvaluatorSpec) -> None:
+        torch.set_num_threads(spec.threads)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        draft = load_draft(spec.draft_path).to(device)
+        target = TargetModel.load(spec.target_path, draft.config.target_layer_ids, torch.float32)
+        target.model.to(device)
+        tables = read_tables(Path(spec.run_dir), ["response_ids"])
+        self.evaluator = PairingEvaluator(
+            target,
+            draft,
+            num_speculative_tokens=spec.num_speculative_tokens,
+            max_new_tokens=spec.max_new_tokens,
+            eos_ids=eos_ids(spec.target_path),
+            ngrams=NgramProposer(ids for table in tables for ids in table["response_ids"].to_pylist()),
+        )
+
+    def run(self, prompt_ids: list[int]) -> dict[str, Any]:
+        """The `PromptOutcome` of one prompt as plain values."""
+        return asdict(self.evaluator.run(prompt_ids))
+
+
+def eos_ids(target_path: str) -> frozenset[int]:
+    """Tokens that end a response, from the target's generation config."""
+    ids = GenerationConfig.from_pretrained(target_path, local_files_only=True).eos_token_id
+    return frozenset(ids if isinstance(ids, list) else [ids])

@@ -1,0 +1,192 @@
+"""The generation actor: one engine, and the shards of trajectories that it writes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+
+from actors.gate import Gate
+from engines.engine_options import PLACEMENT, engine_arguments
+from engines.offline_engine import Completion, EngineDiedError, OfflineEngine
+from unmask.attempts import Attempts
+from unmask.config import Recipe
+from unmask.errors import CheckpointError, PromptError
+from unmask.manifest import ShardEntry
+from unmask.prompt_rows import PromptRow
+from unmask.prompts import PromptBuilder
+from unmask.recipe import digest
+from unmask.staged_prompts import read_staged
+from unmask.targets import describe_target, resolve_target, unused_special_token
+from unmask.trajectories import inspect_shard, row_seed, sample_id, write_shard
+from unmask.types import SamplingOptions, TargetRecord, Trajectory
+
+logger = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """What generation needs of an engine."""
+
+    def submit(self, prompt_ids: tuple[int, ...], options: SamplingOptions) -> Future[Completion]:
+        """Queue one request; the future may raise PromptError or EngineDiedError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One response to draw: a row of the source and the number of the sample of it."""
+
+    row: PromptRow
+    number: int
+
+
+class Generator:
+    """Turns shard numbers into shard files; Ray Data calls one instance per actor (`map_batches`).
+
+    A shard is written whole by this actor, and only a summary goes back. Several shards are in flight in one
+    engine. If the engine dies the process ends with it: Ray starts the actor anew and hands it the same shards.
+
+    Args:
+        recipe: the resolved recipe.
+        directory: the run's `trajectories` folder, on storage that all nodes share.
+        record: the target as the driver found it; another one on this node is refused.
+        engine_factory: builds the engine from vLLM's arguments.
+
+    Raises:
+        CheckpointError: this node resolves the target to something else.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        directory: str,
+        record: TargetRecord,
+        engine_factory: Callable[..., Engine] = OfflineEngine,
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        self._recipe = recipe
+        self._directory = Path(directory)
+        self._record = record
+        self._decode_config = decode_digest(recipe)
+        path = resolve_target(recipe.target.model, recipe.target.revision)
+        if describe_target(path) != record:
+            raise CheckpointError(
+                f"'{recipe.target.model}' is another model on this node than on the driver", field="target.model"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        mask = recipe.draft.mask_token_id
+        self._builder = PromptBuilder(
+            tokenizer,
+            recipe.prompts,
+            max_prompt_len=recipe.target.max_model_len - recipe.generate.max_new_tokens,
+            mask_token_id=unused_special_token(tokenizer) if mask is None else mask,
+        )
+        on_gpu = recipe.generate.gpus_per_actor > 0
+        self._gate = Gate()
+        self._engine = engine_factory(
+            engine_arguments(recipe.target, path, dtype=recipe.generate.dtype, on_gpu=on_gpu), on_gpu=on_gpu
+        )
+
+    async def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Finish the shards of column `shard`; one summary row each: the manifest entry and the seconds taken."""
+        try:
+            summaries = await asyncio.gather(*(self._finish(int(shard)) for shard in batch["shard"]))
+        except EngineDiedError as error:
+            _end_process(error)
+        return {name: np.array([summary[name] for summary in summaries]) for name in summaries[0]}
+
+    async def _finish(self, shard: int) -> dict[str, Any]:
+        start = time.monotonic()
+        entry = inspect_shard(self._directory, shard) or await self._work(shard)
+        return {"shard": shard, **asdict(entry), "seconds": time.monotonic() - start}
+
+    async def _work(self, shard: int) -> ShardEntry:
+        attempts = Attempts.load(self._directory, shard)
+        rows = read_staged(self._directory / "prompts", shard)
+        samples = [Sample(row, n) for row in rows for n in range(self._recipe.generate.samples_per_prompt)]
+        if attempts.shard < self._recipe.generate.max_attempts:
+            async with self._gate.together():
+                attempts.begin()
+                done = list(await asyncio.gather(*map(self._draw, samples)))
+        else:
+            logger.warning("shard %d ended its engine %d times; its rows run one by one", shard, attempts.shard)
+            async with self._gate.alone():
+                done = await self._one_by_one(samples, attempts)
+        entry = write_shard(
+            self._directory, shard, [t for t in done if t.error is None], [t for t in done if t.error is not None]
+        )
+        attempts.clear()
+        return entry
+
+    async def _one_by_one(self, samples: list[Sample], attempts: Attempts) -> list[Trajectory]:
+        done = []
+        for position, sample in enumerate(samples):
+            deaths = attempts.of_row(position)
+            if deaths >= self._recipe.generate.max_attempts:
+                done.append(self._trajectory(sample, (), None, f"the engine died {deaths} times on this row"))
+                continue
+            attempts.begin_row(position)
+            done.append(await self._draw(sample))
+            attempts.end_row(position)
+        return done
+
+    async def _draw(self, sample: Sample) -> Trajectory:
+        """The response of one sample, or its quarantined row. Raises EngineDiedError."""
+        ids: tuple[int, ...] = ()
+        try:
+            ids = self._builder.build(sample.row).ids
+            completion = await asyncio.wrap_future(self._engine.submit(ids, self._options(sample)))
+        except PromptError as error:
+            return self._trajectory(sample, ids, None, str(error))
+        return self._trajectory(sample, ids, completion, None)
+
+    def _options(self, sample: Sample) -> SamplingOptions:
+        config = self._recipe.generate
+        return SamplingOptions(
+            max_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            seed=row_seed(config.seed, sample.row.index, sample.number),
+        )
+
+    def _trajectory(
+        self, sample: Sample, ids: tuple[int, ...], completion: Completion | None, error: str | None
+    ) -> Trajectory:
+        seed = row_seed(self._recipe.generate.seed, sample.row.index, sample.number)
+        response = completion.token_ids if completion else []
+        return Trajectory(
+            sample_id=sample_id(ids, self._record.revision, self._decode_config, seed),
+            prompt_ids=list(ids),
+            response_ids=response,
+            finish_reason=completion.finish_reason if completion else "error",
+            num_forwards=len(response),
+            teacher=self._recipe.target.model,
+            teacher_revision=self._record.revision,
+            decode_config=self._decode_config,
+            error=error,
+            meta={"index": sample.row.index, "sample": sample.number, "source": sample.row.values},
+        )
+
+
+def decode_digest(recipe: Recipe) -> str:
+    """Hash of everything besides prompt, teacher and seed that a response depends on."""
+    g = recipe.generate
+    options = {name: value for name, value in recipe.target.engine.items() if name not in PLACEMENT}
+    return digest(g.max_new_tokens, g.temperature, g.top_p, g.top_k, g.dtype, options)
+
+
+def _end_process(error: EngineDiedError) -> NoReturn:
+    """Ray restarts an actor whose process ends, but not one that raises; an engine that failed cannot go on."""
+    logger.error("%s; this actor ends and is started anew", error, exc_info=error.__cause__)
+    logging.shutdown()
+    os._exit(1)

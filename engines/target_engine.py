@@ -1,0 +1,190 @@
+"""The target of a pairing: vLLM's asynchronous engine, token ids in, token ids out, with or without a draft."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from vllm import AsyncEngineArgs, RequestOutput
+from vllm.exceptions import VLLMClientError
+from vllm.inputs import TokensPrompt
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from engines.draft_arguments import LINK_FILE_VARIABLE, RemoteDraftOptions, with_remote_draft
+from engines.engine_options import engine_arguments
+from engines.offline_engine import EngineDiedError
+from engines.sampling import plain_logprobs, sampling_params
+from engines.target_stats import StatsRecorder, TargetStats
+from engines.versions import require_tested_vllm
+from unmask.config import TargetConfig
+from unmask.errors import ConfigError, PromptError
+from unmask.pairing.link_file import read_link_file
+from unmask.pairing.status import read_status
+from unmask.targets import resolve_target
+from unmask.types import FinishReason, SamplingOptions, TokenDelta
+
+_FINISH_REASONS = ("stop", "length", "abort")
+_IN_CORE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+
+
+def target_arguments(
+    config: TargetConfig,
+    path: Path,
+    *,
+    dtype: str,
+    max_num_seqs: int,
+    on_gpu: bool,
+    draft: RemoteDraftOptions | None = None,
+) -> dict[str, Any]:
+    """Arguments of vLLM's `AsyncEngineArgs`.
+
+    Raises:
+        ConfigError: an unknown engine option, or one that contradicts the draft.
+    """
+    arguments = {"max_num_seqs": max_num_seqs, **engine_arguments(config, path, dtype=dtype, on_gpu=on_gpu)}
+    if not on_gpu and _world_size(arguments) == 1:
+        # By name, vLLM's CPU platform would put the one worker into a process of its own: a second import of vLLM.
+        arguments.setdefault("distributed_executor_backend", _IN_CORE_PROCESS)
+    return with_remote_draft(arguments, draft) if draft else arguments
+
+
+class TargetEngine:
+    """Serves one target to many concurrent requests.
+
+    Args:
+        config: the target.
+        dtype: compute type, or `auto`.
+        max_num_seqs: requests that run at once; more wait.
+        on_gpu: False adds what a CPU host needs.
+        draft: where proposals come from; None serves the target alone.
+    """
+
+    def __init__(
+        self,
+        config: TargetConfig,
+        *,
+        dtype: str = "auto",
+        max_num_seqs: int = 32,
+        on_gpu: bool = False,
+        draft: RemoteDraftOptions | None = None,
+    ) -> None:
+        self._config = config
+        self._dtype = dtype
+        self._max_num_seqs = max_num_seqs
+        self._on_gpu = on_gpu
+        self._draft = draft
+        self._stats = TargetStats()
+        self._engine: AsyncLLM | None = None
+
+    async def start(self) -> None:
+        """Load the model and start the engine core, a process of its own.
+
+        Raises:
+            ConfigError: vLLM is of an untested version, or refuses an option.
+            CheckpointError: the target cannot be loaded.
+        """
+        require_tested_vllm("v1")
+        path = await asyncio.to_thread(resolve_target, self._config.model, self._config.revision)
+        arguments = target_arguments(
+            self._config,
+            path,
+            dtype=self._dtype,
+            max_num_seqs=self._max_num_seqs,
+            on_gpu=self._on_gpu,
+            draft=self._draft,
+        )
+        self._engine = await asyncio.to_thread(self._build, arguments)
+
+    async def stop(self) -> None:
+        """End the engine core; running requests end with an error."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await asyncio.to_thread(engine.shutdown)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine core runs."""
+        return self._engine is not None and not self._engine.errored
+
+    async def generate(
+        self, request_id: str, prompt_ids: Sequence[int], options: SamplingOptions
+    ) -> AsyncIterator[TokenDelta]:
+        """Stream a response; closing or cancelling the iterator aborts the request in the engine.
+
+        Raises:
+            PromptError: vLLM refuses the prompt or the options.
+            EngineDiedError: the engine core has ended.
+        """
+        if self._engine is None:
+            raise EngineDiedError("the engine is not running")
+        try:
+            params = sampling_params(options, RequestOutputKind.DELTA)
+            prompt = TokensPrompt(prompt_token_ids=list(prompt_ids))
+            generator = cast("AsyncGenerator[RequestOutput]", self._engine.generate(prompt, params, request_id))
+            async with aclosing(generator) as outputs:
+                async for output in outputs:
+                    yield _delta(output.outputs[0])
+        except (VLLMClientError, ValueError) as error:
+            raise PromptError(f"the engine refuses the request: {error}") from error
+        except EngineDeadError as error:
+            raise EngineDiedError("the engine core has ended") from error
+
+    def stats(self) -> TargetStats:
+        """Counters since the start; speculation's are those of vLLM's scheduler."""
+        return copy.deepcopy(self._stats)
+
+    def link_status(self) -> dict[str, float] | None:
+        """Counters of the worker's draft link (`unmask.pairing.status`); None without one, or before it is up."""
+        status_file = read_link_file(self._draft.link_file).status_file if self._draft else None
+        return read_status(status_file) if status_file else None
+
+    def _build(self, arguments: Mapping[str, Any]) -> AsyncLLM:
+        variables = {} if self._on_gpu else {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        if self._draft is not None:
+            variables[LINK_FILE_VARIABLE] = str(self._draft.link_file.absolute())
+        try:
+            with _environment(variables):
+                return AsyncLLM.from_engine_args(
+                    AsyncEngineArgs(**arguments),
+                    stat_loggers=[lambda config, index=0: StatsRecorder(config, index, self._stats)],
+                )
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"vLLM refuses the engine options: {error}", field="target.engine") from error
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Variables for the processes that are started inside the block; those the user has set stay as they are."""
+    added = {name: value for name, value in variables.items() if name == LINK_FILE_VARIABLE or name not in os.environ}
+    before = {name: os.environ.get(name) for name in added}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _world_size(arguments: Mapping[str, Any]) -> int:
+    return arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
+
+
+def _delta(output: Any) -> TokenDelta:
+    reason = output.finish_reason
+    if reason is not None and reason not in _FINISH_REASONS:
+        reason = "error"
+    return TokenDelta(
+        token_ids=list(output.token_ids),
+        finish_reason=cast("FinishReason | None", reason),
+        logprobs=plain_logprobs(output.logprobs),
+    )

@@ -1,0 +1,132 @@
+"""Which draft replicas there are, which target replica uses which, and what all of them last reported.
+
+Replicas tell the directory of themselves every second. It keeps nothing that they do not repeat, so that a
+restarted directory is complete again a second later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from serve_app.backend import ReplicaReport
+
+logger = logging.getLogger(__name__)
+
+BEAT_S = 1.0
+EXPIRY_S = 5.0
+"""A replica that has been silent this long is taken for gone; a busy CPU delays beats by seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftEndpoint:
+    """Where a draft replica listens."""
+
+    address: str
+    version: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkState:
+    """How a target replica is connected to its draft."""
+
+    address: str | None
+    """The draft that it was last given."""
+    connected: bool
+
+
+@dataclass(slots=True, kw_only=True)
+class _Entry:
+    report: ReplicaReport
+    seen_s: float
+    endpoint: DraftEndpoint | None = None
+    assigned: str | None = None
+
+
+class Registry:
+    """The directory's state. `clock` gives seconds that never go back."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._entries: dict[str, _Entry] = {}
+        self._secret: str | None = None
+
+    def agree_on_secret(self, current: str | None) -> str:
+        """The application's shared secret. The first replica with one decides; without any, one is made."""
+        self._secret = self._secret or current or secrets.token_hex(32)
+        return self._secret
+
+    def note_draft(self, report: ReplicaReport, endpoint: DraftEndpoint) -> None:
+        """A draft replica is alive."""
+        self._entries[report.replica] = _Entry(report=report, seen_s=self._clock(), endpoint=endpoint)
+
+    def note_target(self, report: ReplicaReport, link: LinkState) -> DraftEndpoint | None:
+        """A target replica is alive; answers which draft it should use, or None while there is none."""
+        self._expire()
+        entry = _Entry(report=report, seen_s=self._clock())
+        self._entries.pop(report.replica, None)
+        endpoint = self._choose(link)
+        entry.assigned = endpoint.address if endpoint else None
+        self._entries[report.replica] = entry
+        return endpoint
+
+    def reports(self) -> list[ReplicaReport]:
+        """What the live replicas last said."""
+        self._expire()
+        return [entry.report for entry in self._entries.values()]
+
+    def _choose(self, link: LinkState) -> DraftEndpoint | None:
+        """The draft that the target has, while that works: context is lost with every change. Else the least used."""
+        drafts = {entry.endpoint.address: entry.endpoint for entry in self._entries.values() if entry.endpoint}
+        if link.connected and link.address in drafts:
+            return drafts[link.address]
+        uses = Counter(entry.assigned for entry in self._entries.values() if entry.assigned)
+        # A draft that could not be reached is chosen again only when there is no other.
+        order = sorted(drafts, key=lambda address: (address == link.address, uses[address], address))
+        return drafts[order[0]] if order else None
+
+    def _expire(self) -> None:
+        oldest = self._clock() - EXPIRY_S
+        self._entries = {name: entry for name, entry in self._entries.items() if entry.seen_s >= oldest}
+
+
+class Directory:
+    """The registry as a deployment: Serve places it, watches it and ends it with the application."""
+
+    def __init__(self) -> None:
+        self._registry = Registry()
+
+    async def agree_on_secret(self, current: str | None) -> str:
+        """See `Registry.agree_on_secret`."""
+        return self._registry.agree_on_secret(current)
+
+    async def note_draft(self, report: ReplicaReport, endpoint: DraftEndpoint) -> None:
+        """See `Registry.note_draft`."""
+        self._registry.note_draft(report, endpoint)
+
+    async def note_target(self, report: ReplicaReport, link: LinkState) -> DraftEndpoint | None:
+        """See `Registry.note_target`."""
+        return self._registry.note_target(report, link)
+
+    async def reports(self) -> list[ReplicaReport]:
+        """See `Registry.reports`."""
+        return self._registry.reports()
+
+
+async def keep_telling(tell: Callable[[], Awaitable[None]]) -> None:
+    """Call `tell` every `BEAT_S` seconds for ever; a directory that cannot be reached is told later."""
+    while True:
+        try:
+            await asyncio.wait_for(tell(), 2 * EXPIRY_S)
+        except (RayError, RayServeException, TimeoutError) as error:
+            logger.warning("the directory did not answer: %s", type(error).__name__)
+        await asyncio.sleep(BEAT_S)

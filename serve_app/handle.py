@@ -1,0 +1,93 @@
+"""A running service in the hands of the process that started it."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from dataclasses import dataclass
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from actors.cluster import FaultError
+from serve_app.app import build_application
+from serve_app.backend import ReplicaReport
+from serve_app.settings import APPLICATION, DRAIN_S, AppConfig
+from unmask.config import Recipe
+from unmask.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServeHandle:
+    """A served pairing."""
+
+    url: str
+    """`http://host:port`, without `/v1`."""
+    ingress: DeploymentHandle
+
+    def reports(self) -> list[ReplicaReport]:
+        """What the live replicas last said of themselves."""
+        return list(self.ingress.reports.remote().result(timeout_s=10))
+
+    def target_pids(self) -> list[int]:
+        """Processes of the target replicas; the engines are their children."""
+        return self._pids("target")
+
+    def draft_pids(self) -> list[int]:
+        """Processes of the draft replicas."""
+        return self._pids("draft")
+
+    def shutdown(self, drain_s: float = DRAIN_S) -> None:
+        """Refuse new requests, let the running ones finish for up to `drain_s`, then end every replica."""
+        try:
+            self.ingress.drain.remote().result(timeout_s=drain_s)
+        except (TimeoutError, RayError, RayServeException) as error:
+            logger.warning("the service was not drained: %s", type(error).__name__)
+        serve.delete(APPLICATION)
+        serve.shutdown()
+
+    def _pids(self, role: str) -> list[int]:
+        return [report.pids[0] for report in self.reports() if report.role == role]
+
+
+def serve_pairing(recipe: Recipe) -> ServeHandle:
+    """Serve the target of a recipe, with its draft if `serve.draft` names one; returns when requests are answered.
+
+    Ray must have been initialised. The proxies listen on `serve.host` and `serve.port`, 0 picking a free port.
+
+    Raises:
+        UserError: a recipe, target or draft that cannot be served.
+        FaultError: the replicas could not be started.
+    """
+    if not ray.is_initialized():
+        raise ConfigError("join or start a Ray cluster first (see actors.cluster.connect)")
+    application = build_application(AppConfig(target=recipe.target, serve=recipe.serve))
+    host, port = recipe.serve.host, recipe.serve.port or _free_port(recipe.serve.host)
+    serve.start(http_options={"host": host, "port": port})
+    try:
+        ingress = serve.run(application, name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        reason = _why_not()
+        serve.shutdown()
+        raise FaultError(f"the service did not start: {reason or error}") from error
+    return ServeHandle(url=f"http://{host}:{port}", ingress=ingress)
+
+
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def _why_not() -> str:
+    """The last line of the first deployment that failed."""
+    application = serve.status().applications.get(APPLICATION)
+    for status in application.deployments.values() if application else []:
+        lines = [line.strip() for line in status.message.splitlines() if line.strip()]
+        if status.status == "DEPLOY_FAILED" and lines:
+            return lines[-1]
+    return ""

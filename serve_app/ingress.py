@@ -1,0 +1,166 @@
+"""The HTTP application: routes and middleware around a `Service`. It knows nothing of Ray."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+import unmask
+from serve_app import errors
+from serve_app.auth import KeyFile, RequireKey
+from serve_app.backend import BackendUnavailableError
+from serve_app.chat import ChatFormat, chat_specs
+from serve_app.completions import CompletionFormat, completion_specs
+from serve_app.limits import BoundedRoute
+from serve_app.observation import Observe
+from serve_app.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from serve_app.replies import ChatCompletion, ModelCard, ModelList, Text, TextCompletion, Tokens
+from serve_app.service import Service
+from serve_app.telemetry import CONTENT_TYPE
+
+_ERROR_STATUSES = {
+    400: "The request is at fault",
+    401: "No valid API key",
+    404: "Unknown model or path",
+    413: "The body is too long",
+    429: "The queue is full",
+    500: "A fault of the service",
+    503: "Nothing can serve the request now",
+    504: "The request took too long",
+}
+
+
+def create_app(service: Service, keys: KeyFile | None = None, *, sets_request_id: bool = True) -> FastAPI:
+    """The application.
+
+    Args:
+        service: what the endpoints serve from.
+        keys: accepted API keys; None asks for none.
+        sets_request_id: put `X-Request-Id` on responses; false behind a proxy that does so itself.
+    """
+    app = FastAPI(
+        title="Unmask",
+        version=unmask.__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        responses={status: {"description": text} for status, text in _ERROR_STATUSES.items()},
+    )
+    errors.install(app)
+    app.include_router(_generation_routes(service))
+    app.include_router(_token_routes(service))
+    app.include_router(_operator_routes(service))
+    if keys is not None:
+        app.add_middleware(RequireKey, keys=keys)
+    app.add_middleware(Observe, telemetry=service.telemetry, sets_header=sets_request_id)
+    return app
+
+
+def _generation_routes(service: Service) -> APIRouter:
+    router = APIRouter(route_class=BoundedRoute)
+
+    def words(request: Request) -> dict[str, Any]:
+        return {
+            "request_id": request.state.request_id,
+            "model": service.model,
+            "created": int(time.time()),
+            "tokenizer": service.tokenizer,
+        }
+
+    @router.post("/v1/chat/completions", response_model=ChatCompletion)
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Answer a chat."""
+        service.check_model(body.model)
+        specs = await chat_specs(body, service.tokenizer, service.max_model_len)
+        return await service.answer(request, body, specs, ChatFormat(body, **words(request)))
+
+    @router.post("/v1/completions", response_model=TextCompletion)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue texts."""
+        service.check_model(body.model)
+        specs = await completion_specs(body, service.tokenizer, service.max_model_len)
+        return await service.answer(request, body, specs, CompletionFormat(body, **words(request)))
+
+    return router
+
+
+def _token_routes(service: Service) -> APIRouter:
+    router = APIRouter(route_class=BoundedRoute)
+    card = ModelCard(
+        id=service.model,
+        object="model",
+        created=service.created,
+        owned_by="unmask",
+        max_model_len=service.max_model_len,
+    )
+
+    @router.get("/v1/models")
+    async def models() -> ModelList:
+        """The served models."""
+        return ModelList(object="list", data=[card])
+
+    @router.get("/v1/models/{model:path}")
+    async def model(model: str) -> ModelCard:
+        """One served model."""
+        service.check_model(model)
+        return card
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> Tokens:
+        """Token ids of a text or a chat."""
+        service.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise errors.invalid("give either 'prompt' or 'messages'", "prompt")
+        if body.messages is not None:
+            ids = await service.tokenizer.encode_chat(body.messages)
+        else:
+            ids = await service.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+        return Tokens(tokens=ids, count=len(ids), max_model_len=service.max_model_len)
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> Text:
+        """Text of token ids."""
+        service.check_model(body.model)
+        service.tokenizer.check_ids(body.tokens, "tokens")
+        return Text(prompt=service.tokenizer.decode(body.tokens))
+
+    return router
+
+
+def _operator_routes(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> JSONResponse:
+        """Ready when an engine that answers is behind the service."""
+        try:
+            reports = await service.backend.reports()
+        except BackendUnavailableError:
+            reports = []
+        if not any(report.role == "target" for report in reports):
+            raise errors.unavailable("no target replica is ready")
+        return JSONResponse({"status": "ready"})
+
+    @router.get("/ping")
+    async def ping() -> JSONResponse:
+        """Alive: the HTTP side works."""
+        return JSONResponse({"status": "alive"})
+
+    @router.get("/version")
+    async def version() -> JSONResponse:
+        """The version of the service."""
+        return JSONResponse({"version": unmask.__version__})
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """Metrics in Prometheus' text form. Replicas are left out while they cannot be asked."""
+        try:
+            reports = await service.backend.reports()
+        except BackendUnavailableError:
+            reports = []
+        return Response(service.telemetry.exposition(reports, service.model), media_type=CONTENT_TYPE)
+
+    return router

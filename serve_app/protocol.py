@@ -1,0 +1,195 @@
+"""The bodies of the OpenAI API, as far as this service speaks it.
+
+Unknown fields are ignored, as other servers do. Known fields that would change the answer and are not served are
+refused, so that no client believes in an option that had no effect.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+
+from serve_app import errors
+
+MAX_FIELDS = 64
+MAX_CHOICES = 4
+MAX_PROMPTS = 32
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+MAX_LOGPROBS = 20
+MAX_SCHEMA_CHARS = 65_536
+_INT64 = 2**63
+
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "tools": (None, []),
+    "tool_choice": (None, "none"),
+    "functions": (None, []),
+    "function_call": (None, "none"),
+    "audio": (None,),
+    "modalities": (None, ["text"]),
+    "logit_bias": (None, {}),
+    "min_p": (None, 0),
+    "min_tokens": (None, 0),
+    "repetition_penalty": (None, 1),
+    "best_of": (None, 1),
+    "use_beam_search": (None, False),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "prompt_logprobs": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "structured_outputs": (None,),
+}
+"""Fields of OpenAI's and vLLM's APIs that are not served, with the values that ask for nothing."""
+
+DIFFUSION_KEYS = frozenset({"decoder", "threshold", "block_size", "steps"})
+"""How a diffusion LM decodes; meaningless for an autoregressive target."""
+
+
+def _refuse_unserved(body: Any) -> Any:
+    if not isinstance(body, dict):
+        return body
+    for name, neutral in _NEUTRAL.items():
+        if name in body and body[name] not in neutral:
+            raise errors.invalid(f"'{name}' is not supported by this service; leave it out", name)
+    if len(body) > MAX_FIELDS:
+        raise errors.invalid(f"the body has more than {MAX_FIELDS} fields")
+    for name in body:
+        if difflib.get_close_matches(name, DIFFUSION_KEYS, n=1, cutoff=0.85):
+            raise errors.invalid("the served model is not a diffusion LM; leave this option out", name)
+    return body
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_prompts(value: Any) -> Any:
+    """A list of prompts from OpenAI's four forms: a text, token ids, or a list of either."""
+    if isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], int)):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise ValueError("must be a text, a list of token ids, or a list of these")
+    for prompt in value:
+        ids = isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt)
+        if not isinstance(prompt, str) and not ids:
+            raise ValueError("must be a text, a list of token ids, or a list of these")
+    return value
+
+
+def _as_text(content: Any) -> Any:
+    """Message content as one text, from a text or a list of text parts."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError("only text parts ({'type': 'text', 'text': ...}) are supported")
+    return "".join(part["text"] for part in content)
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
+
+
+class StreamOptions(_Body):
+    """Options of a streamed answer."""
+
+    include_usage: bool = False
+
+
+class JsonSchema(_Body):
+    """A named JSON schema."""
+
+    name: str = Field(default="response", max_length=64)
+    schema_: dict[str, JsonValue] = Field(alias="schema")
+
+
+class ResponseFormat(_Body):
+    """The form that the answer must take."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("type 'json_schema' needs 'json_schema': {'schema': {...}}")
+        return self
+
+
+class GenerationRequest(_Body):
+    """What chat and text completions have in common."""
+
+    model: str | None = Field(default=None, max_length=256)
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=_INT64)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=_INT64)] | None = None
+    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
+    stop: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
+            BeforeValidator(_as_list),
+            Field(max_length=MAX_STOPS),
+        ]
+        | None
+    ) = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MAX_STOPS)] | None = None
+    ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
+    return_metrics: bool | None = None
+
+    _check_unserved = model_validator(mode="before")(_refuse_unserved)
+
+    @property
+    def wants_usage_chunk(self) -> bool:
+        """Whether a stream ends with a chunk that holds the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class Message(_Body):
+    """One message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_as_text)]
+
+
+class ChatRequest(GenerationRequest):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1, max_length=4096)
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=_INT64)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+
+class CompletionRequest(GenerationRequest):
+    """`POST /v1/completions`."""
+
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_as_prompts), Field(max_length=MAX_PROMPTS)]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+
+class TokenizeRequest(_Body):
+    """`POST /tokenize`: a text, or the messages of a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1, max_length=4096)
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(_Body):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]

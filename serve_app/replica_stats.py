@@ -1,0 +1,65 @@
+"""Replicas' own counters under the names that the metrics page gives them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engines.target_stats import TargetStats
+    from unmask.pairing.server import DraftStats
+
+
+def target_metrics(stats: TargetStats, link: dict[str, float] | None) -> dict[str, Any]:
+    """A target replica's: vLLM's names for what vLLM counts, ours for the link to the draft.
+
+    Args:
+        stats: the engine's counters.
+        link: fields of `unmask.pairing.status`; None without a draft.
+    """
+    metrics: dict[str, Any] = {
+        "vllm:spec_decode_num_drafts_total": stats.num_drafts,
+        "vllm:spec_decode_num_draft_tokens_total": stats.num_draft_tokens,
+        "vllm:spec_decode_num_accepted_tokens_total": stats.num_accepted_tokens,
+        "vllm:spec_decode_num_accepted_tokens_per_pos_total": list(stats.num_accepted_tokens_per_pos),
+        "vllm:generation_tokens_total": stats.num_generated_tokens,
+        "vllm:prompt_tokens_total": stats.num_prompt_tokens,
+        "vllm:num_preemptions_total": stats.num_preemptions,
+        "vllm:num_requests_running": stats.num_running,
+        "vllm:num_requests_waiting": stats.num_waiting,
+        "vllm:kv_cache_usage_perc": stats.kv_cache_usage,
+        "unmask_speculation_enabled": link["speculation_enabled"] if link else 0,
+    }
+    if stats.acceptance_length is not None:
+        metrics["unmask_acceptance_length"] = stats.acceptance_length
+    if link:
+        metrics |= {
+            "unmask_link_connected": link["connected"],
+            "unmask_link_breaker_open": link["breaker_open"],
+            "unmask_link_num_speculative_tokens": link["num_speculative_tokens"],
+            "unmask_link_steps_total": link["steps"],
+            "unmask_link_proposals_total": link["proposals"],
+            "unmask_link_proposed_tokens_total": link["proposed_tokens"],
+            "unmask_link_failures_total": link["failures"],
+            "unmask_link_connect_failures_total": link["connect_failures"],
+            "unmask_link_round_trip_seconds_total": link["round_trip_ms_sum"] / 1e3,
+            "unmask_link_round_trips_total": link["round_trip_ms_count"],
+            "unmask_link_sent_bytes_total": link["bytes_sent"],
+            "unmask_link_received_bytes_total": link["bytes_received"],
+        }
+    return metrics
+
+
+def draft_metrics(stats: DraftStats) -> dict[str, Any]:
+    """A draft replica's."""
+    return {
+        "unmask_draft_connections": stats.connections,
+        "unmask_draft_refused_total": stats.refused,
+        "unmask_draft_steps_total": stats.steps,
+        "unmask_draft_messages_total": stats.messages,
+        "unmask_draft_proposals_total": stats.proposals,
+        "unmask_draft_proposed_tokens_total": stats.proposed_tokens,
+        "unmask_draft_busy_seconds_total": stats.busy_s,
+        "unmask_draft_resident_requests": stats.resident_requests,
+        "unmask_draft_resident_pages": stats.resident_pages,
+        "unmask_draft_pages": stats.num_pages,
+    }

@@ -1,0 +1,189 @@
+"""A generation request from its specs to its response."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from serve_app import errors
+from serve_app.admission import Admission
+from serve_app.backend import Backend
+from serve_app.generation import ChoiceSpec, Generation, Piece
+from serve_app.protocol import GenerationRequest
+from serve_app.replies import ChatCompletion, Metrics, TextCompletion, Usage
+from serve_app.streaming import EventStream, until_disconnect
+from serve_app.telemetry import Telemetry
+from serve_app.tokenizer import ChatTokenizer
+
+Reply = ChatCompletion | TextCompletion
+
+
+class Format(Protocol):
+    """How an endpoint words its answer."""
+
+    def opening(self, index: int) -> Reply | None:
+        """The chunk that begins a choice, if there is one."""
+        ...
+
+    def chunk(self, index: int, piece: Piece) -> Reply:
+        """The chunk for what a choice has grown by."""
+        ...
+
+    def closing(self, usage: Usage | None, metrics: Metrics | None) -> Reply:
+        """The chunk after all choices."""
+        ...
+
+    def whole(self, choices: list[Piece], usage: Usage, metrics: Metrics | None) -> Reply:
+        """The answer that is not streamed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """What every endpoint shares."""
+
+    model: str
+    max_model_len: int
+    created: int
+    tokenizer: ChatTokenizer
+    backend: Backend
+    admission: Admission
+    telemetry: Telemetry
+    deadline_s: float
+    write_timeout_s: float = 30.0
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse a request for another model; a request without a name takes the one served. Raises ApiError."""
+        if name is not None and name != self.model:
+            raise errors.unknown_model(self.model)
+
+    async def answer(
+        self, request: Request, body: GenerationRequest, specs: Sequence[ChoiceSpec], form: Format
+    ) -> Response:
+        """Generate and answer. Errors before the first token have an HTTP status, later ones are stream events."""
+        generation = Generation(
+            request.state.request_id,
+            specs,
+            backend=self.backend,
+            admission=self.admission,
+            decode=self.tokenizer.decode,
+            deadline_s=self.deadline_s,
+        )
+        answer = _Answer(self, body, specs, form, generation)
+        streaming = False
+        try:
+            if body.stream:
+                await until_disconnect(answer.wait_for_first(), request.receive)
+                streaming = True
+                return EventStream(answer.events(), close=generation.aclose, write_timeout_s=self.write_timeout_s)
+            reply = await until_disconnect(answer.whole(), request.receive)
+            return Response(reply.to_json(), media_type="application/json")
+        except ClientDisconnect:
+            return Response(status_code=499)
+        finally:
+            if not streaming:
+                await generation.aclose()
+
+
+class _Answer:
+    """The pieces of one request, gathered and put into the endpoint's words."""
+
+    def __init__(
+        self,
+        service: Service,
+        body: GenerationRequest,
+        specs: Sequence[ChoiceSpec],
+        form: Format,
+        generation: Generation,
+    ) -> None:
+        self._service = service
+        self._body = body
+        self._form = form
+        self._generation = generation
+        self._choices = [Piece() for _ in specs]
+        prompts = specs[:: body.n or 1]
+        self._prompt_tokens = sum(len(spec.prompt_ids) for spec in prompts)
+        self._first: tuple[int, Piece] | None = None
+        self._first_token_at = 0.0
+
+    async def wait_for_first(self) -> None:
+        """Wait for the first piece and keep it for `events`."""
+        self._first = self._note(await anext(self._generation))
+
+    async def whole(self) -> Reply:
+        """The answer that is not streamed."""
+        async for _ in self._pieces():
+            pass
+        usage, metrics = self._finish()
+        return self._form.whole(self._choices, usage, metrics)
+
+    async def events(self) -> AsyncIterator[str]:
+        """The stream's events; a failure is one more event, and then the end without `[DONE]`."""
+        opened: set[int] = set()
+        try:
+            async for index, piece in self._pieces():
+                if index not in opened:
+                    opened.add(index)
+                    opening = self._form.opening(index)
+                    if opening is not None:
+                        yield opening.to_json()
+                if piece.text or piece.finish_reason or (piece.token_ids and piece.logprobs):
+                    yield self._form.chunk(index, piece).to_json()
+        except errors.ApiError as error:
+            yield error.event_json()
+            return
+        usage, metrics = self._finish()
+        if self._body.wants_usage_chunk or metrics is not None:
+            yield self._form.closing(usage if self._body.wants_usage_chunk else None, metrics).to_json()
+        yield "[DONE]"
+
+    async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        if self._first is not None:
+            yield self._first
+        async for item in self._generation:
+            yield self._note(item)
+
+    def _note(self, item: tuple[int, Piece]) -> tuple[int, Piece]:
+        index, piece = item
+        if not self._first_token_at:
+            self._first_token_at = time.perf_counter()
+        self._choices[index].add(piece)
+        return item
+
+    def _finish(self) -> tuple[Usage, Metrics | None]:
+        """Count the finished request."""
+        telemetry, generation = self._service.telemetry, self._generation
+        now = time.perf_counter()
+        completion_tokens = sum(len(choice.token_ids) for choice in self._choices)
+        usage = Usage(
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=self._prompt_tokens + completion_tokens,
+        )
+        queued = (generation.admitted or now) - generation.started
+        to_first = self._first_token_at - generation.started
+        total = now - generation.started
+        telemetry.prompt_tokens.inc(self._prompt_tokens)
+        telemetry.completion_tokens.inc(completion_tokens)
+        telemetry.queue_time.observe(queued)
+        telemetry.first_token_time.observe(to_first)
+        telemetry.total_time.observe(total)
+        if not self._body.return_metrics:
+            return usage, None
+        return usage, Metrics(
+            queue_time_ms=queued * 1e3,
+            time_to_first_token_ms=to_first * 1e3,
+            total_time_ms=total * 1e3,
+            tokens_per_second=completion_tokens / total,
+            mean_acceptance_length=self._acceptance_length(completion_tokens),
+        )
+
+    def _acceptance_length(self, completion_tokens: int) -> float | None:
+        forwards = [choice.num_forwards for choice in self._choices]
+        counted = sum(number for number in forwards if number is not None)
+        return None if None in forwards or not counted else completion_tokens / counted

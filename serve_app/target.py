@@ -1,0 +1,168 @@
+"""A target replica: a `TargetEngine`, and the link file that tells its workers where their draft is."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import tempfile
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.backend import BackendUnavailableError, ReplicaReport
+from serve_app.directory import DraftEndpoint, LinkState, keep_telling
+from serve_app.replica_stats import target_metrics
+from serve_app.settings import AppConfig
+from unmask.errors import ConfigError
+from unmask.types import SamplingOptions, TokenDelta
+
+if TYPE_CHECKING:
+    from engines.draft_arguments import RemoteDraftOptions
+    from engines.target_engine import TargetEngine
+
+_WARM_UP = SamplingOptions(max_tokens=4, ignore_eos=True)
+
+
+class Target:
+    """Hosts the engine, whose core and workers are processes of their own; ready when it has answered once.
+
+    Raises:
+        UserError: the target, the draft or an engine option does not fit.
+    """
+
+    async def __init__(self, config: AppConfig, directory: DeploymentHandle) -> None:
+        self._replica = serve.get_replica_context().replica_id.unique_id
+        self._directory = directory
+        self._secret: str = await directory.agree_on_secret.remote(None)
+        self._link = None
+        if config.serve.draft is not None:
+            self._link = await asyncio.to_thread(_Link.create, config, self._secret)
+        self._engine = _engine(config, self._link)
+        await self._engine.start()
+        async for _ in self._engine.generate("warm-up", [0, 1, 2], _WARM_UP):
+            pass
+        self._pids = (os.getpid(), *(child.pid for child in multiprocessing.active_children() if child.pid))
+        self._telling = asyncio.create_task(keep_telling(self._tell))
+
+    async def generate(
+        self, request_id: str, prompt_ids: list[int], options: SamplingOptions
+    ) -> AsyncGenerator[TokenDelta, None]:
+        """Generate one response; cancelling the call aborts it in the engine.
+
+        Raises:
+            PromptError: the engine refuses the request.
+            BackendUnavailableError: the engine has died; another replica may serve the request.
+        """
+        from engines.offline_engine import EngineDiedError
+
+        try:
+            source = cast("AsyncGenerator[TokenDelta]", self._engine.generate(request_id, prompt_ids, options))
+            async with aclosing(source) as deltas:
+                async for delta in deltas:
+                    yield delta
+        except EngineDiedError as error:
+            raise BackendUnavailableError(str(error)) from None
+
+    async def check_health(self) -> None:
+        """Called by Serve; a replica that raises is replaced."""
+        if not self._engine.alive:
+            raise RuntimeError("the engine has ended")
+        if self._telling.done():
+            raise RuntimeError("the replica has stopped telling of itself") from self._telling.exception()
+
+    async def __del__(self) -> None:
+        """Called by Serve when the replica goes: leave no engine process behind."""
+        if hasattr(self, "_telling"):
+            self._telling.cancel()
+        if hasattr(self, "_engine"):
+            await self._engine.stop()
+
+    async def _tell(self) -> None:
+        if await self._directory.agree_on_secret.remote(self._secret) != self._secret:
+            raise ConfigError("the application has agreed on another secret since this replica started")
+        status = self._engine.link_status()
+        report = ReplicaReport(
+            role="target", replica=self._replica, pids=self._pids, stats=target_metrics(self._engine.stats(), status)
+        )
+        address = self._link.address if self._link else None
+        state = LinkState(address=address, connected=bool(status and status["connected"]))
+        endpoint: DraftEndpoint | None = await self._directory.note_target.remote(report, state)
+        if self._link and endpoint and endpoint.address != address:
+            self._link.point_to(endpoint.address)
+
+
+@dataclass(slots=True)
+class _Link:
+    """The files by which the engine's workers find their draft, in a folder that only this user can read."""
+
+    folder: Path
+    draft: RemoteDraftOptions
+    address: str | None
+    target_digest: str
+    timeout_ms: float
+    retry_s: float
+
+    @classmethod
+    def create(cls, config: AppConfig, secret: str) -> _Link:
+        """Write the secret and a link file that names no draft yet. Raises PairingError."""
+        from engines.draft_arguments import RemoteDraftOptions
+        from unmask.checkpoints import check_pairing
+        from unmask.pairing.hello import record_digest
+        from unmask.targets import describe_target, resolve_target
+
+        record = describe_target(resolve_target(config.target.model, config.target.revision))
+        draft = check_pairing(config.serve.draft or "", record)
+        folder = Path(tempfile.mkdtemp(prefix="unmask-link-"))
+        secret_file = folder / "secret"
+        secret_file.touch(mode=0o600)
+        secret_file.write_text(secret)
+        link = cls(
+            folder=folder,
+            draft=RemoteDraftOptions(
+                link_file=folder / "link.json",
+                layer_ids=tuple(draft.target_layer_ids),
+                num_speculative_tokens=config.serve.num_speculative_tokens or draft.block_size - 1,
+            ),
+            address=None,
+            target_digest=record_digest(record).hex(),
+            timeout_ms=config.serve.draft_timeout_ms,
+            retry_s=config.serve.draft_retry_s,
+        )
+        link.point_to(None)
+        return link
+
+    def point_to(self, address: str | None) -> None:
+        """Name the draft; workers notice within a quarter of a second."""
+        from unmask.pairing.link_file import LinkConfig, write_link_file
+
+        self.address = address
+        write_link_file(
+            self.draft.link_file,
+            LinkConfig(
+                address=address,
+                secret_file=str(self.folder / "secret"),
+                timeout_ms=self.timeout_ms,
+                retry_s=self.retry_s,
+                status_file=str(self.folder / "status"),
+                target_digest=self.target_digest,
+            ),
+        )
+
+
+def _engine(config: AppConfig, link: _Link | None) -> TargetEngine:
+    # Imported where the replica runs: vLLM takes seconds to import, and the ingress never needs it.
+    from engines.target_engine import TargetEngine
+
+    return TargetEngine(
+        config.target,
+        dtype=config.serve.dtype,
+        max_num_seqs=config.serve.max_num_seqs,
+        on_gpu=config.serve.target_gpus > 0,
+        draft=link.draft if link else None,
+    )

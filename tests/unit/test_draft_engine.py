@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.pairing_tools import (
+    BLOCK_SIZE,
+    HIDDEN,
+    VOCAB,
+    raw_features,
+    reference_block,
+    row,
+    tiny_draft,
+    tiny_vocabulary,
+)
+from unmask.errors import PairingError, WireError
+from unmask.pairing.draft_engine import DraftEngine
+from unmask.pairing.projection import Projection
+from unmask.pairing.wire import Proposals, Step, pack_rows
+from unmask.types import ProposalRow
+
+K = BLOCK_SIZE - 1
+NUMBERS = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def draft():
+    return tiny_draft()
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return tiny_vocabulary()
+
+
+@pytest.fixture
+def engine(draft, vocabulary) -> DraftEngine:
+    return DraftEngine(draft, vocabulary, vocabulary, memory_mb=4, page_size=4)
+
+
+def make_step(
+    engine: DraftEngine, rows: list[ProposalRow], raw: list[Tensor], k: int = K, finished: tuple[int, ...] = ()
+) -> Step:
+    projection = engine.hello.projection
+    return Step(
+        draft_version=engine.version,
+        epoch=9,
+        number=next(NUMBERS),
+        num_speculative_tokens=k,
+        rows=pack_rows(rows),
+        features=projection(torch.cat(raw)) if raw else torch.empty(0, HIDDEN),
+        finished=np.array(finished, dtype="<u8"),
+    )
+
+
+def ids(proposals: Proposals | None) -> list[list[int]]:
+    assert proposals is not None
+    return [t[:n] for t, n in zip(proposals.tokens.tolist(), proposals.counts.tolist(), strict=True)]
+
+
+def run(engine: DraftEngine, step: Step, session: int = 0) -> list[list[int]]:
+    engine.check(step)
+    (reply,) = engine.step([(session, step)])
+    assert reply is not None
+    assert (reply.epoch, reply.number) == (step.epoch, step.number)
+    return ids(reply)
+
+
+@pytest.mark.parametrize("k", [1, 3, K])
+@pytest.mark.parametrize("length", [1, 4, 7, 40])
+def test_a_block_equals_the_concatenating_reference(draft, vocabulary, engine, k: int, length: int) -> None:
+    raw = raw_features(length, seed=length)
+    proposed = run(engine, make_step(engine, [row(1, 0, length, 5)], [raw], k))
+    assert proposed == [reference_block(draft, vocabulary, raw, 5, k)]
+
+
+def test_chunks_and_truncation_equal_one_append(draft, vocabulary, engine) -> None:
+    raw = raw_features(23, seed=3)
+    assert run(engine, make_step(engine, [row(1, 0, 9, -1)], [raw[:9]])) == [[]]
+    assert run(engine, make_step(engine, [row(1, 9, 8, -1)], [raw_features(8, seed=99)])) == [[]]
+    expected = [reference_block(draft, vocabulary, raw, 5, K)]
+    assert run(engine, make_step(engine, [row(1, 9, 14, 5)], [raw[9:]])) == expected
+    assert run(engine, make_step(engine, [row(1, 23, 0, 5)], [])) == expected
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=8),
+    ks=st.lists(st.integers(1, K), min_size=3, max_size=3),
+    data=st.data(),
+)
+def test_a_request_does_not_see_its_batch(lengths: list[int], ks: list[int], data: st.DataObject) -> None:
+    """Requests of three sessions, spread over two steps, against each request alone."""
+    draft, vocabulary = tiny_draft(), tiny_vocabulary()
+    engine = DraftEngine(draft, vocabulary, vocabulary, memory_mb=4, page_size=4)
+    raws = [raw_features(length, seed=i) for i, length in enumerate(lengths)]
+    sessions = [data.draw(st.integers(0, 2)) for _ in lengths]
+    cuts = [data.draw(st.integers(0, length)) for length in lengths]
+
+    def batch(second: bool) -> list[tuple[int, Step]]:
+        steps = []
+        for session in range(3):
+            mine = [i for i, s in enumerate(sessions) if s == session]
+            parts = [raws[i][cuts[i] :] if second else raws[i][: cuts[i]] for i in mine]
+            starts = [cuts[i] if second else 0 for i in mine]
+            anchor = 7 if second else -1
+            rows = [row(i, s, len(p), anchor) for i, s, p in zip(mine, starts, parts, strict=True)]
+            steps.append((session, make_step(engine, rows, parts, ks[session])))
+        return steps
+
+    engine.step(batch(second=False))
+    replies = engine.step(batch(second=True))
+    for session, reply in enumerate(replies):
+        mine = [i for i, s in enumerate(sessions) if s == session]
+        assert ids(reply) == [reference_block(draft, vocabulary, raws[i], 7, ks[session]) for i in mine]
+
+
+def test_a_gap_gets_no_proposal_and_harms_nobody(draft, vocabulary, engine) -> None:
+    raw = raw_features(8, seed=1)
+    rows = [row(1, 2, 3), row(2, 0, 8), row(3, 5, 0)]
+    step = make_step(engine, rows, [raw_features(3, seed=2), raw])
+    assert run(engine, step) == [[], reference_block(draft, vocabulary, raw, 1, K), []]
+    assert engine.resident_requests == 1
+
+
+def test_finished_requests_and_closed_sessions_are_forgotten(engine) -> None:
+    raw = raw_features(8, seed=1)
+    run(engine, make_step(engine, [row(1, 0, 4), row(2, 0, 4)], [raw]))
+    run(engine, make_step(engine, [row(1, 0, 8)], [raw]), session=1)
+    assert engine.resident_requests == 3
+    assert run(engine, make_step(engine, [row(2, 4, 0)], [], finished=(1, 77))) != [[]]
+    assert engine.resident_requests == 2
+    engine.close_session(1)
+    assert (engine.resident_requests, engine.resident_pages) == (1, 1)
+
+
+def test_a_block_past_the_last_position_is_not_drafted(draft, vocabulary) -> None:
+    short = tiny_draft(max_position_embeddings=16)
+    engine = DraftEngine(short, vocabulary, vocabulary, memory_mb=4)
+    length = 16 - K
+    raw = raw_features(length, seed=4)
+    assert run(engine, make_step(engine, [row(1, 0, length)], [raw])) == [[]]
+    assert len(run(engine, make_step(engine, [row(1, 0, length - 1)], [raw[:-1]]))[0]) == K
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_speculative_tokens": BLOCK_SIZE}, "block size - 1"),
+        ({"features": torch.empty(0, HIDDEN + 1)}, "width"),
+        ({"features": torch.empty(0, HIDDEN, dtype=torch.bfloat16)}, "bfloat16"),
+        ({"rows": pack_rows([row(1, 0, 0, VOCAB)])}, "vocabulary"),
+    ],
+)
+def test_a_step_that_does_not_fit_is_refused(engine, changes: dict, message: str) -> None:
+    fields = {name: getattr(make_step(engine, [], []), name) for name in Step.__slots__}
+    with pytest.raises(WireError, match=message):
+        engine.check(Step(**(fields | changes)))
+
+
+def test_swapped_weights_refuse_the_old_version(vocabulary, engine) -> None:
+    raw = raw_features(8, seed=1)
+    old = make_step(engine, [row(1, 0, 8)], [raw])
+    before = run(engine, old)
+    other = tiny_draft(seed=5)
+    engine.swap(other)
+    assert engine.step([(0, old)]) == [None]
+    assert torch.equal(engine.hello.projection.fc, Projection.of(other).fc)
+    new = make_step(engine, [row(1, 0, 8), row(2, 8, 0)], [raw])
+    mixed = engine.step([(0, old), (1, new)])
+    expected = reference_block(other, vocabulary, raw, 1, K)
+    assert mixed[0] is None
+    assert ids(mixed[1]) == [expected, []]
+    assert before != [expected]
+
+
+def test_a_draft_of_another_vocabulary_is_refused(vocabulary, engine) -> None:
+    with pytest.raises(PairingError, match="vocab_size"):
+        engine.swap(tiny_draft(vocab_size=VOCAB - 1))
+    with pytest.raises(PairingError, match="vocab_size"):
+        DraftEngine(tiny_draft(), vocabulary[:-1], vocabulary[:-1])

@@ -1,0 +1,409 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.pairing_tools import (
+    BLOCK_SIZE,
+    SECRET,
+    SHAPE,
+    raw_features,
+    reference_block,
+    row,
+    tiny_draft,
+    tiny_vocabulary,
+)
+from unmask.checkpoints import save_draft
+from unmask.pairing.channel import Channel
+from unmask.pairing.client import DraftLink
+from unmask.pairing.handshake import authenticate_as_draft
+from unmask.pairing.hello import Hello, draft_version, encode_hello, hello_of
+from unmask.pairing.link_file import LinkConfig, read_link_file, write_link_file
+from unmask.pairing.server import DraftServer
+from unmask.pairing.status import FIELDS, LinkStatus, read_status
+from unmask.pairing.wire import MAX_MESSAGE_BYTES, Kind, Proposals, decode_step, encode_proposals
+
+K = BLOCK_SIZE - 1
+TIMEOUT_MS = 300.0
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return tiny_vocabulary()
+
+
+@pytest.fixture
+def serve(vocabulary) -> Iterator[Callable[..., DraftServer]]:
+    servers = []
+
+    def start(**options) -> DraftServer:
+        server = DraftServer(options.pop("draft", tiny_draft()), vocabulary, vocabulary, SECRET, memory_mb=2, **options)
+        server.start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def connect(tmp_path: Path) -> Iterator[Callable[..., DraftLink]]:
+    links = []
+    (tmp_path / "secret").write_bytes(SECRET + b"\n")
+
+    def start(address: str | None, **options) -> DraftLink:
+        write_link(tmp_path, address, **options)
+        link = DraftLink(tmp_path / "link.json", SHAPE, K, status=LinkStatus(tmp_path / "status"))
+        link.start()
+        links.append(link)
+        return link
+
+    yield start
+    for link in links:
+        link.close()
+
+
+def write_link(directory: Path, address: str | None, **options) -> None:
+    defaults = {"secret_file": str(directory / "secret"), "timeout_ms": TIMEOUT_MS, "retry_s": 0.05}
+    write_link_file(directory / "link.json", LinkConfig(address=address, **(defaults | options)))
+
+
+def eventually(condition: Callable[[], object], within_s: float = 10.0) -> None:
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.01)
+
+
+def assert_proposes(link: DraftLink, vocabulary, draft=None, request: int = 1, k: int = K) -> None:
+    raw = raw_features(9, seed=request)
+    expected = reference_block(draft or tiny_draft(), vocabulary, raw, 1, k)
+    assert link.propose([row(request, 0, 9)], raw) == [expected]
+
+
+def test_proposals_equal_the_reference(serve, connect, vocabulary, tmp_path) -> None:
+    server = serve()
+    link = connect(server.address)
+    assert link.wait_until_ready(10)
+    raw = raw_features(20, seed=0)
+    assert link.propose([row(1, 0, 12, -1), row(2, 0, 8)], raw) == [
+        [],
+        reference_block(tiny_draft(), vocabulary, raw[12:], 1, K),
+    ]
+    raw_1 = torch.cat([raw[:12], raw_features(3, seed=5)])
+    assert link.propose([row(1, 12, 3)], raw_1[12:], finished=[2]) == [
+        reference_block(tiny_draft(), vocabulary, raw_1, 1, K)
+    ]
+    stats = server.stats()
+    assert (stats.resident_requests, stats.proposals, stats.proposed_tokens, stats.connections) == (1, 2, 2 * K, 1)
+    status = read_status(tmp_path / "status")
+    assert status == link.status.as_dict()
+    assert status["draft_version"] == draft_version(tiny_draft()) % 2**53
+    assert [status[name] for name in ("connected", "speculation_enabled", "breaker_open")] == [1, 1, 0]
+    assert [status[name] for name in ("steps", "proposals", "proposed_tokens", "failures")] == [2, 2, 2 * K, 0]
+    assert status["round_trip_ms_sum"] > 0
+    assert status["bytes_sent"] > 23 * 32 * 4
+
+
+def test_a_unix_socket_serves_too(serve, connect, vocabulary, tmp_path) -> None:
+    address = f"unix:{tmp_path}/s"
+    link = connect(serve(host=address).address)
+    assert link.wait_until_ready(10)
+    assert_proposes(link, vocabulary)
+
+
+def test_sessions_do_not_share_requests(serve, connect, vocabulary, tmp_path) -> None:
+    """Two target workers use the same request number at the same time."""
+    server = serve()
+    one, two = connect(server.address), connect(server.address)
+    assert one.wait_until_ready(10)
+    assert two.wait_until_ready(10)
+    raws = {one: raw_features(5, seed=1), two: raw_features(11, seed=2)}
+    results: dict[DraftLink, list] = {one: [], two: []}
+
+    def drive(link: DraftLink) -> None:
+        raw = raws[link]
+        for length in range(1, len(raw) + 1):
+            results[link] += link.propose([row(1, length - 1, 1)], raw[length - 1 : length])
+
+    threads = [threading.Thread(target=drive, args=(link,)) for link in results]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for link, raw in raws.items():
+        lengths = range(1, len(raw) + 1)
+        assert results[link] == [reference_block(tiny_draft(), vocabulary, raw[:n], 1, K) for n in lengths]
+    one.close()
+    eventually(lambda: server.stats().resident_requests == 1)
+    assert server.stats().connections == 1
+
+
+def test_a_killed_draft_costs_proposals_until_it_is_back(serve, connect, vocabulary, tmp_path) -> None:
+    server = serve()
+    link = connect(server.address)
+    assert link.wait_until_ready(10)
+    assert_proposes(link, vocabulary, request=1)
+    server.stop()
+    assert link.propose([row(1, 9, 1)], raw_features(1, seed=0)) == [[]]
+    assert link.propose([row(1, 10, 1)], raw_features(1, seed=0)) == [[]]
+    status = link.status.as_dict()
+    assert [status[n] for n in ("connected", "speculation_enabled", "breaker_open", "failures")] == [0, 0, 1, 1]
+    write_link(tmp_path, serve().address)
+    assert link.wait_until_ready(10)
+    # The draft that came back knows nothing of request 1: no proposal, until it starts over.
+    assert link.propose([row(1, 11, 1)], raw_features(1, seed=0)) == [[]]
+    assert_proposes(link, vocabulary, request=2)
+    assert_proposes(link, vocabulary, request=1)
+    assert link.status["failures"] == 1
+    assert link.status["breaker_open"] == 0
+
+
+def test_a_draft_that_goes_while_nobody_asks_is_noticed(serve, connect) -> None:
+    server = serve()
+    link = connect(server.address)
+    assert link.wait_until_ready(10)
+    server.stop()
+    eventually(lambda: link.status["connected"] == 0 and link.status["connect_failures"] > 0)
+    assert link.num_speculative_tokens == 0
+
+
+def test_a_link_moves_when_its_file_does(serve, connect, vocabulary, tmp_path) -> None:
+    first, second = serve(), serve(draft=tiny_draft(seed=3))
+    link = connect(first.address)
+    assert link.wait_until_ready(10)
+    write_link(tmp_path, second.address)
+    eventually(lambda: link.status["draft_version"] == draft_version(tiny_draft(seed=3)) % 2**53)
+    assert_proposes(link, vocabulary, draft=tiny_draft(seed=3))
+    assert link.status["failures"] == 0
+    write_link(tmp_path, second.address, num_speculative_tokens=2)
+    eventually(lambda: link.num_speculative_tokens == 2)
+    assert_proposes(link, vocabulary, draft=tiny_draft(seed=3), k=2)
+    write_link(tmp_path, second.address, num_speculative_tokens=0)
+    eventually(lambda: link.status["speculation_enabled"] == 0)
+    assert link.propose([row(9, 0, 1)], raw_features(1, seed=0)) == [[]]
+    assert link.status["connected"] == 1
+    write_link(tmp_path, None)
+    eventually(lambda: link.status["connected"] == 0)
+
+
+def test_swapped_weights_are_greeted_anew(serve, connect, vocabulary) -> None:
+    server = serve()
+    link = connect(server.address)
+    assert link.wait_until_ready(10)
+    assert_proposes(link, vocabulary, request=1)
+    server.swap(tiny_draft(seed=4))
+    assert link.propose([row(1, 9, 1)], raw_features(1, seed=0)) == [[]]
+    assert link.wait_until_ready(10)
+    assert link.propose([row(1, 10, 1)], raw_features(1, seed=0)) == [[]]
+    assert_proposes(link, vocabulary, draft=tiny_draft(seed=4), request=2)
+
+
+def test_a_wrong_secret_is_refused_and_then_mended(serve, connect, vocabulary, tmp_path) -> None:
+    server = serve()
+    (tmp_path / "wrong").write_bytes(b"w" * 32)
+    link = connect(server.address, secret_file=str(tmp_path / "wrong"))
+    eventually(lambda: server.stats().refused > 1)
+    assert link.propose([row(1, 0, 1)], raw_features(1, seed=0)) == [[]]
+    assert link.status["connected"] == 0
+    write_link(tmp_path, server.address)
+    assert link.wait_until_ready(10)
+    assert_proposes(link, vocabulary)
+
+
+def test_a_stranger_is_turned_away(serve) -> None:
+    server = serve()
+    host, port = server.address.split(":")
+    with socket.create_connection((host, int(port))) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: draft\r\n\r\n")
+        sock.settimeout(5)
+        received = b""
+        while chunk := sock.recv(4096):
+            received += chunk
+    assert server.stats().refused == 1
+    assert SECRET not in received
+
+
+class Impostor:
+    """A draft that authenticates and greets, answers the probe, and then misbehaves as told."""
+
+    def __init__(self, misbehave: Callable[[Channel, Proposals], None], hello: Hello | None = None) -> None:
+        self._misbehave = misbehave
+        self._hello = hello or hello_of(tiny_draft(), 1, None)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(Channel(sock),), daemon=True).start()
+
+    def _serve(self, channel: Channel) -> None:
+        try:
+            authenticate_as_draft(channel, SECRET, time.monotonic() + 5)
+            channel.send(Kind.HELLO, encode_hello(self._hello))
+            while True:
+                step = decode_step(channel.receive([Kind.STEP], MAX_MESSAGE_BYTES)[1])
+                num_rows, k = len(step.rows), step.num_speculative_tokens
+                reply = Proposals(
+                    draft_version=step.draft_version,
+                    epoch=step.epoch,
+                    number=step.number,
+                    counts=np.full(num_rows, k, np.uint8),
+                    tokens=np.ones((num_rows, k), np.int32),
+                )
+                if num_rows:
+                    self._misbehave(channel, reply)
+                else:
+                    channel.send(Kind.PROPOSALS, encode_proposals(reply))
+        except OSError:
+            return
+        finally:
+            channel.close()
+
+    def stop(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+def altered(**changes: object) -> Callable[[Channel, Proposals], None]:
+    def send(channel: Channel, reply: Proposals) -> None:
+        fields = {name: getattr(reply, name) for name in Proposals.__slots__}
+        channel.send(Kind.PROPOSALS, encode_proposals(Proposals(**(fields | changes))))
+
+    return send
+
+
+MISBEHAVIOUR = {
+    "stalls": lambda channel, reply: time.sleep(3 * TIMEOUT_MS / 1000),
+    "dribbles": lambda channel, reply: [channel.send(Kind.STEP, [b"x"]) or time.sleep(0.05) for _ in range(20)],
+    "hangs up": lambda channel, reply: channel.shutdown(),
+    "sends noise": lambda channel, reply: channel._socket.sendall(os.urandom(4096)),
+    "sends a huge frame": lambda channel, reply: channel._socket.sendall(b"UNMK\x01\x06\x00\x00\xff\xff\xff\xff"),
+    "is of another version": altered(draft_version=5),
+    "answers another step": altered(number=0),
+    "answers another epoch": altered(epoch=0),
+    "proposes what is no token": altered(tokens=np.full((1, K), 10**6, np.int32)),
+    "answers for too few": altered(tokens=np.ones((0, K), np.int32), counts=np.ones(0, np.uint8)),
+}
+
+
+@pytest.mark.parametrize("name", MISBEHAVIOUR)
+def test_a_draft_that_misbehaves_costs_one_deadline(name: str, serve, connect, vocabulary, tmp_path) -> None:
+    impostor = Impostor(MISBEHAVIOUR[name])
+    link = connect(impostor.address, retry_s=30.0)
+    assert link.wait_until_ready(10)
+    started = time.monotonic()
+    for step in range(50):
+        assert link.propose([row(1, step, 1)], raw_features(1, seed=0)) == [[]]
+    assert time.monotonic() - started < 3 * TIMEOUT_MS / 1000
+    assert link.status["failures"] == 1
+    assert link.status["breaker_open"] == 1
+    impostor.stop()
+    write_link(tmp_path, serve().address)
+    assert link.wait_until_ready(10)
+    assert_proposes(link, vocabulary, request=2)
+
+
+def test_repeated_lost_steps_are_spaced_out(connect) -> None:
+    impostor = Impostor(MISBEHAVIOUR["hangs up"])
+    link = connect(impostor.address, retry_s=0.05)
+    waits = []
+    for _ in range(4):
+        assert link.wait_until_ready(10)
+        assert link.propose([row(1, 0, 1)], raw_features(1, seed=0)) == [[]]
+        lost = time.monotonic()
+        assert link.wait_until_ready(10)
+        waits.append(time.monotonic() - lost)
+    impostor.stop()
+    assert waits[3] > 0.35 > waits[0]
+
+
+@pytest.mark.parametrize("changes", [{"target_layer_ids": (0, 2)}, {"vocab_size": 60, "mask_token_id": 59}])
+def test_a_draft_of_another_target_is_never_asked(changes: dict, connect) -> None:
+    impostor = Impostor(altered(), hello_of(tiny_draft(**changes), 1, None))
+    link = connect(impostor.address)
+    eventually(lambda: link.status["connect_failures"] > 1)
+    assert not link.wait_until_ready(0.1)
+    impostor.stop()
+
+
+def test_nobody_there_and_no_file_are_no_error(connect, tmp_path) -> None:
+    link = connect("127.0.0.1:1")
+    (tmp_path / "link.json").unlink()
+    for _ in range(3):
+        assert link.propose([row(1, 0, 1)], raw_features(1, seed=0)) == [[]]
+    eventually(lambda: link.status["connect_failures"] > 0)
+
+
+def test_a_process_serves_and_ends_with_its_input(connect, vocabulary, tmp_path) -> None:
+    draft = tiny_draft()
+    save_draft(draft, tmp_path / "draft", None, dtype=torch.float32)
+    (tmp_path / "target").mkdir()
+    save_file({"model.embed_tokens.weight": vocabulary}, tmp_path / "target" / "model.safetensors")
+    (tmp_path / "secret").write_bytes(SECRET)
+    command = [sys.executable, "-m", "unmask.pairing.server"]
+    for option in ("draft", "target", "secret-file", "address-file"):
+        command += [f"--{option}", str(tmp_path / option.split("-")[0])]
+
+    def start() -> tuple[subprocess.Popen, str]:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE)
+        eventually(lambda: (tmp_path / "address").exists() or process.poll() is not None, within_s=60)
+        return process, read_link_file(tmp_path / "address").address
+
+    process, address = start()
+    link = connect(address)
+    assert link.wait_until_ready(10)
+    assert_proposes(link, vocabulary)
+    process.stdin.close()
+    assert process.wait(20) == 0
+    (tmp_path / "address").unlink()
+    process, _ = start()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+
+
+def test_a_status_file_keeps_its_fields(tmp_path) -> None:
+    assert read_status(tmp_path / "none") is None
+    status = LinkStatus(tmp_path / "status")
+    for index, name in enumerate(FIELDS):
+        status[name] = index
+        status.add(name, 0.5)
+    assert read_status(tmp_path / "status") == {name: i + 0.5 for i, name in enumerate(FIELDS)}
+    (tmp_path / "status").write_bytes(b"short")
+    with pytest.raises(ValueError, match="not a status file"):
+        read_status(tmp_path / "status")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_dies_hangs_up_on_everybody(serve, connect, vocabulary, monkeypatch) -> None:
+    server = serve()
+    link = connect(server.address)
+    assert link.wait_until_ready(10)
+    assert server.alive
+
+    def die(_batch: list) -> list:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(server._engine, "step", die)
+    assert link.propose([row(1, 0, 1)], raw_features(1, seed=0)) == [[]]
+    assert link.status["round_trip_ms_count"] == 0
+    eventually(lambda: not server.alive)
+    eventually(lambda: link.status["connect_failures"] > 0)

@@ -1,0 +1,176 @@
+"""DFlash checkpoints on disk: z-lab's layout, safetensors only, written atomically.
+
+A draft saved here loads unchanged in vLLM's `dflash` method, and a published z-lab draft loads here. Beside
+the loader's keys, `config.json` holds the record of the target that the draft was trained for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unmask.errors import CheckpointError, PairingError
+from unmask.files import atomic_directory
+from unmask.models.dflash import DFlashConfig, DFlashDraft
+from unmask.types import TargetRecord
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+RECORD = "unmask_target"
+
+
+def config_to_json(config: DFlashConfig, target: TargetRecord | None) -> dict[str, Any]:
+    """The `config.json` of a draft: every key that z-lab's, vLLM's and SGLang's loaders read."""
+    own = {"block_size", "mask_token_id", "target_layer_ids", "rope_parameters"}
+    sizes = {k: v for k, v in dataclasses.asdict(config).items() if k not in own}
+    tree: dict[str, Any] = {
+        "architectures": ["DFlashDraftModel"],
+        "model_type": "qwen3",
+        **sizes,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "layer_types": ["full_attention"] * config.num_hidden_layers,
+        "sliding_window": None,
+        "rope_parameters": config.rope_parameters,
+        "rope_theta": config.rope_parameters.get("rope_theta", 10000.0),
+        "torch_dtype": "bfloat16",
+        "block_size": config.block_size,
+        "dflash_config": {
+            "mask_token_id": config.mask_token_id,
+            "target_layer_ids": list(config.target_layer_ids),
+            "block_size": config.block_size,
+        },
+    }
+    if target is not None:
+        tree[RECORD] = dataclasses.asdict(target)
+    return tree
+
+
+def config_from_json(tree: dict[str, Any]) -> tuple[DFlashConfig, TargetRecord | None]:
+    """Read a draft's `config.json`. Raises CheckpointError naming the missing or unsupported key."""
+    dflash = tree.get("dflash_config") or {}
+    if "sliding_attention" in (tree.get("layer_types") or []):
+        raise CheckpointError("sliding-window draft layers are not supported", field="layer_types")
+    if tree.get("sample_from_anchor"):
+        raise CheckpointError(
+            "this draft predicts one token to the right of each row (DSpark type), not a DFlash draft",
+            field="sample_from_anchor",
+        )
+    rope = tree.get("rope_parameters") or {"rope_type": "default", **(tree.get("rope_scaling") or {})}
+    merged = {
+        **tree,
+        "rope_parameters": {"rope_theta": tree.get("rope_theta", 10000.0), **rope},
+        "block_size": tree.get("block_size", dflash.get("block_size")),
+        "mask_token_id": dflash.get("mask_token_id"),
+        "target_layer_ids": tuple(dflash.get("target_layer_ids") or ()),
+    }
+    names = {f.name for f in dataclasses.fields(DFlashConfig)}
+    missing = sorted(n for n in names - {"rms_norm_eps"} if merged.get(n) is None)
+    if missing:
+        raise CheckpointError("missing from the draft's config.json", field=missing[0])
+    record = tree.get(RECORD)
+    return DFlashConfig(**{n: merged[n] for n in names if n in merged}), TargetRecord(**record) if record else None
+
+
+def save_draft(
+    draft: DFlashDraft,
+    path: Path,
+    target: TargetRecord | None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """Write a draft directory atomically; an existing one is replaced.
+
+    Args:
+        target: the record of the target that it was trained for.
+        texts: more text files by name, such as the model card.
+    """
+    with atomic_directory(path) as partial:
+        weights = {name: t.detach().to("cpu", dtype).contiguous() for name, t in draft.state_dict().items()}
+        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / "config.json").write_text(json.dumps(config_to_json(draft.config, target), indent=2) + "\n")
+        for name, text in (texts or {}).items():
+            (partial / name).write_text(text)
+
+
+def load_draft(path: str | Path, dtype: torch.dtype = torch.float32) -> DFlashDraft:
+    """Load a draft directory, ours or z-lab's. Raises CheckpointError for anything but a sound one."""
+    path = Path(path)
+    config, _ = read_config(path)
+    draft = DFlashDraft(config)
+    weights = _read_weights(path)
+    expected = draft.state_dict()
+    for name, tensor in expected.items():
+        if name not in weights:
+            raise CheckpointError(f"tensor '{name}' is missing from '{path}'")
+        if weights[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"tensor '{name}' has shape {tuple(weights[name].shape)}, the config asks for {tuple(tensor.shape)}"
+            )
+    unknown = sorted(set(weights) - set(expected))
+    if unknown:
+        raise CheckpointError(f"'{path}' holds tensors that are not a DFlash draft's: {', '.join(unknown[:3])}")
+    draft.load_state_dict(weights)
+    return draft.to(dtype).eval().requires_grad_(False)
+
+
+def read_config(path: str | Path) -> tuple[DFlashConfig, TargetRecord | None]:
+    """The sizes and the target record of a draft directory, without its weights."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"no draft at '{path}': config.json is missing")
+    try:
+        return config_from_json(json.loads(file.read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"'{file}' is not valid JSON: {error}") from None
+
+
+def check_pairing(draft_path: str | Path, target: TargetRecord) -> DFlashConfig:
+    """Refuse a draft whose records do not fit the target. Raises PairingError naming the first field that differs."""
+    config, record = read_config(draft_path)
+    for name, of_draft, of_target in (
+        ("hidden_size", config.hidden_size, target.hidden_size),
+        ("vocab_size", config.vocab_size, target.vocab_size),
+        ("num_target_layers", config.num_target_layers, target.num_layers),
+    ):
+        if of_draft != of_target:
+            raise PairingError(f"the draft was made for {of_draft}, the target has {of_target}", field=name)
+    if record is None:
+        raise PairingError(
+            f"'{draft_path}' does not say which target it was trained for; publish it with `unmask publish`", field=RECORD
+        )
+    for field in dataclasses.fields(TargetRecord):
+        ours, theirs = getattr(target, field.name), getattr(record, field.name)
+        if ours != theirs:
+            raise PairingError(
+                f"the draft was trained for {theirs}, this target has {ours}; distil a draft for this target",
+                field=field.name,
+            )
+    return config
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    index = path / INDEX
+    names = [WEIGHTS]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"'{file}' is missing; drafts are loaded from safetensors only")
+        try:
+            weights |= load_file(file)
+        except SafetensorError as error:
+            raise CheckpointError(f"'{file}' is damaged: {error}") from None
+    return {name.removeprefix("model."): tensor for name, tensor in weights.items()}

@@ -1,0 +1,219 @@
+"""Continuous batching for every diffusion decoder: rows come and go at any step, each as if it were alone.
+
+`generate` is the plain loop that says what the engine must answer. The engine adds arrivals, decoders side by side,
+bounded memory, static shapes and one device synchronisation a step.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from unmask.decoding.batch import Shape
+from unmask.decoding.decoder import Decoder, require
+from unmask.decoding.generate import assemble
+from unmask.decoding.graphs import StepGraphs
+from unmask.decoding.grouping import Limits, Work, group
+from unmask.decoding.request import Completion, DecodeRequest, until_stop
+from unmask.decoding.slots import Slots
+from unmask.denoiser import DecodeState, Denoiser
+from unmask.errors import ConfigError
+from unmask.types import TokenDelta
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Bounds of one engine. All device memory beyond weights and activations is allocated at the start."""
+
+    max_rows: int = 32
+    """Rows that are decoded together."""
+    max_length: int = 1024
+    """Longest prompt + response, in tokens."""
+    max_waiting: int = 1024
+    """Requests that may wait for a row."""
+    max_fed_columns: int = 16384
+    """Bounds the activations of one forward."""
+    max_logits_mb: int = 1024
+    """Bounds the float32 logits of one forward; choosing tokens takes a few tensors of that size."""
+    shape_multiple: int = 16
+    """Columns and keys of a forward come in multiples of this."""
+    cuda_graphs: bool = False
+    max_graphs: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "max_length", "max_fed_columns", "max_logits_mb", "shape_multiple", "max_graphs"):
+            require(getattr(self, name) >= 1, name, "must be at least 1")
+        widest = f"must be at least max_length = {self.max_length}, which one row may feed"
+        require(self.max_fed_columns >= self.max_length, "max_fed_columns", widest)
+
+
+class EngineFull(RuntimeError):
+    """No room to wait; try again later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a step brought for one request: tokens that will never be revised, and at the end the whole account."""
+
+    request_id: str
+    delta: TokenDelta
+    completion: Completion | None
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    decoder: Decoder
+    state: DecodeState
+    sent: int
+
+
+class DiffusionEngine:
+    """Decodes requests over one or more networks. Not thread-safe: one thread submits, aborts and steps."""
+
+    def __init__(self, models: Sequence[Denoiser], config: EngineConfig) -> None:
+        """Allocate the caches of `models`, the networks that decoders with a cache may use."""
+        self.config = config
+        self.slots = Slots(models, config.max_rows, config.max_length)
+        self.num_steps = 0
+        self.num_batches = 0
+        self._limits = Limits(
+            fed_columns=config.max_fed_columns,
+            logits_bytes=config.max_logits_mb << 20,
+            multiple=config.shape_multiple,
+            rows_power_of_two=config.cuda_graphs,
+        )
+        self._graphs = StepGraphs(self.slots.caches, config.max_graphs) if config.cuda_graphs else None
+        self._waiting: deque[_Row] = deque()
+        self._running: list[_Row] = []
+
+    @property
+    def num_running(self) -> int:
+        """Rows being decoded."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a row."""
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether another step would do anything."""
+        return bool(self._running or self._waiting)
+
+    def submit(self, request: DecodeRequest, decoder: Decoder) -> None:
+        """Queue a request.
+
+        Raises:
+            PromptError, ConfigError: a request or decoder that this engine cannot run.
+            EngineFull: too many requests wait already.
+        """
+        state = decoder.admit(request, slot=-1)
+        self._check(request, decoder)
+        if len(self._waiting) >= self.config.max_waiting:
+            raise EngineFull(f"{len(self._waiting)} requests wait already")
+        self._waiting.append(_Row(decoder, state, sent=state.prompt_len))
+
+    def abort(self, request_id: str) -> bool:
+        """Drop a request, waiting or running. Returns whether there was one."""
+        for row in self._running:
+            if row.state.request_id == request_id:
+                self._retire(row)
+                return True
+        for row in self._waiting:
+            if row.state.request_id == request_id:
+                self._waiting.remove(row)
+                return True
+        return False
+
+    @torch.inference_mode()
+    def step(self) -> list[Output]:
+        """Admit what fits, run one forward of every row, and say what came of it."""
+        self._admit()
+        work = [Work(row.decoder, row.state, row.decoder.window(row.state)) for row in self._running]
+        groups = group(work, self._limits, self.slots.capacity)
+        results = _read_back([self._launch(members, shape) for members, shape in groups])
+        for (members, _), tokens_BK in zip(groups, results, strict=True):
+            for item, tokens_K in zip(members, tokens_BK, strict=False):  # padding rows come last
+                window = item.window
+                item.decoder.advance(item.state, window, tokens_K[: window.open_stop - window.open_start])
+                self.slots.settle(item.state)
+        self.num_steps += 1
+        self.num_batches += len(groups)
+        reports = [self._report(row) for row in list(self._running)]
+        return [report for report in reports if report is not None]
+
+    def run(self, requests: Iterable[DecodeRequest], decoder: Decoder) -> Iterator[Completion]:
+        """Decode requests as rows become free, yielding completions in the order in which they finish.
+
+        Raises:
+            PromptError, ConfigError: at the first request that cannot be decoded.
+        """
+        source = iter(requests)
+        while True:
+            room = self.config.max_rows - self.num_running - self.num_waiting
+            for request in itertools.islice(source, max(room, 0)):
+                self.submit(request, decoder)
+            if not self.has_work:
+                return
+            yield from (output.completion for output in self.step() if output.completion is not None)
+
+    def _check(self, request: DecodeRequest, decoder: Decoder) -> None:
+        if request.length > self.config.max_length:
+            raise ConfigError(
+                f"{request.length} columns exceed the engine's {self.config.max_length}", field="max_tokens"
+            )
+        for model in decoder.cached_models:
+            if model not in self.slots.caches:
+                raise ConfigError("the decoder's network has no cache in this engine", field="decoder")
+        logits_bytes = decoder.max_open * decoder.denoiser.vocab_size * 4
+        if logits_bytes > self._limits.logits_bytes:
+            needed = f"{decoder.max_open} open columns need {-(-logits_bytes // (1 << 20))} MB of logits"
+            raise ConfigError(f"{needed}; raise max_logits_mb or open fewer", field="decoder")
+
+    def _admit(self) -> None:
+        while self._waiting and self.slots.num_free:
+            row = self._waiting.popleft()
+            row.state.slot = self.slots.acquire()
+            self._running.append(row)
+
+    def _retire(self, row: _Row) -> None:
+        self._running.remove(row)
+        self.slots.release(row.state.slot)
+
+    def _launch(self, members: Sequence[Work], shape: Shape) -> torch.Tensor:
+        """Start one forward; nothing waits for the device here."""
+        decoder = members[0].decoder
+        batch = assemble(decoder, self.slots, [m.state for m in members], [m.window for m in members], shape)
+        if self._graphs is not None:
+            return self._graphs.run(decoder, batch)
+        return decoder.step(batch.unpack(), self.slots.caches)
+
+    def _report(self, row: _Row) -> Output | None:
+        state = row.state
+        fresh = state.tokens[row.sent : state.committed]
+        if state.saw_stop:
+            fresh = until_stop(fresh, state.stop_ids)
+        finished = state.finish_reason is not None
+        if not len(fresh) and not finished:
+            return None
+        row.sent = state.committed
+        if finished:
+            self._retire(row)
+        delta = TokenDelta(token_ids=fresh.tolist(), finish_reason=state.finish_reason)
+        return Output(state.request_id, delta, Completion.of(state) if finished else None)
+
+
+def _read_back(pending: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    """Bring the tokens [B, K] of all forwards to the host: the one synchronisation of a step."""
+    if not pending:
+        return []
+    flat = torch.cat([tokens_BK.flatten() for tokens_BK in pending]).cpu().numpy()
+    ends = np.cumsum([tokens_BK.numel() for tokens_BK in pending])[:-1]
+    parts = np.split(flat, ends)
+    return [part.reshape(tokens_BK.shape) for part, tokens_BK in zip(parts, pending, strict=True)]

@@ -1,0 +1,78 @@
+"""Continuous batching in front of a `DraftEngine`: one thread runs whatever has arrived as one step."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+from unmask.pairing.draft_engine import DraftEngine
+from unmask.pairing.wire import Proposals, Step
+
+Answer = Callable[[Proposals | None], None]
+"""Called once, on the engine's thread, with the reply to a step; None if it was for another draft version."""
+
+
+class Batcher:
+    """Owns the thread that runs the engine.
+
+    Args:
+        engine: what runs the steps.
+        on_end: called on the engine's thread when it ends, also by an error: whoever waits must be told.
+    """
+
+    def __init__(self, engine: DraftEngine, on_end: Callable[[], None]) -> None:
+        self._engine = engine
+        self._on_end = on_end
+        self._arrived: queue.SimpleQueue[tuple[int, Step, Answer] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="draft_engine", daemon=True)
+        self.steps = 0
+        self.messages = 0
+        self.proposals = 0
+        self.proposed_tokens = 0
+        self.busy_s = 0.0
+
+    def start(self) -> None:
+        """Start the engine's thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the step under way; what waits is not answered."""
+        self._arrived.put(None)
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
+
+    def submit(self, session: int, step: Step, answer: Answer) -> None:
+        """Queue a step of a session that has none under way."""
+        self._arrived.put((session, step, answer))
+
+    def _run(self) -> None:
+        try:
+            while (first := self._arrived.get()) is not None:
+                batch = [first]
+                while not self._arrived.empty():
+                    more = self._arrived.get()
+                    if more is None:
+                        return
+                    batch.append(more)
+                self._run_batch(batch)
+        finally:
+            self._on_end()
+
+    def _run_batch(self, batch: list[tuple[int, Step, Answer]]) -> None:
+        started = time.monotonic()
+        replies = self._engine.step([(session, step) for session, step, _ in batch])
+        self.busy_s += time.monotonic() - started
+        self.steps += 1
+        self.messages += len(batch)
+        for (_, _, answer), reply in zip(batch, replies, strict=True):
+            if reply is not None:
+                self.proposals += int((reply.counts > 0).sum())
+                self.proposed_tokens += int(reply.counts.sum())
+            answer(reply)

@@ -1,0 +1,133 @@
+"""A connected socket that carries frames, and the addresses it is reached by."""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections.abc import Sequence
+
+from unmask.errors import ConfigError
+from unmask.pairing.wire import FRAME_BYTES, Buffer, Kind, decode_frame, encode_frame
+
+UNIX_PREFIX = "unix:"
+_FIRST_BUFFER_BYTES = 2**16
+_KEPT_BUFFER_BYTES = 2**26
+
+
+def parse_address(address: str) -> str | tuple[str, int]:
+    """`unix:/path` as a path, `host:port` as a pair. Raises ConfigError."""
+    if address.startswith(UNIX_PREFIX):
+        return address.removeprefix(UNIX_PREFIX)
+    host, separator, port = address.rpartition(":")
+    if not separator or not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"'{address}' must look like host:port or unix:/path", field="address")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+class Channel:
+    """One connection. Not for concurrent use in one direction.
+
+    Received payloads lie in a buffer that the next `receive` overwrites. A deadline is a `time.monotonic`
+    time that covers the whole frame; `TimeoutError` when it passes, other `OSError`s when the peer is gone.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._buffer = bytearray(_FIRST_BUFFER_BYTES)
+        self._bytes_sent = 0
+        self._bytes_received = 0
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    @classmethod
+    def connect(cls, address: str, deadline: float) -> Channel:
+        """Connect to an address. Raises OSError; ConfigError for an address that is none."""
+        target = parse_address(address)
+        if isinstance(target, tuple):
+            return cls(socket.create_connection(target, timeout=_remaining(deadline)))
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(_remaining(deadline))
+            sock.connect(target)
+        except OSError:
+            sock.close()
+            raise
+        return cls(sock)
+
+    def send(self, kind: Kind, parts: Sequence[Buffer], deadline: float | None = None) -> None:
+        """Send one frame, its parts gathered by the kernel."""
+        views = [memoryview(part).cast("B") for part in parts if len(part)]
+        num_bytes = sum(len(view) for view in views)
+        views.insert(0, memoryview(encode_frame(kind, num_bytes)))
+        self._bytes_sent += FRAME_BYTES + num_bytes
+        while views:
+            self._set_timeout(deadline)
+            sent = self._socket.sendmsg(views)
+            while views and sent >= len(views[0]):
+                sent -= len(views.pop(0))
+            if sent:
+                views[0] = views[0][sent:]
+
+    def receive(self, allowed: Sequence[Kind], limit: int, deadline: float | None = None) -> tuple[Kind, memoryview]:
+        """Receive one frame of an allowed kind, at most `limit` bytes. Raises WireError, OSError."""
+        kind, num_bytes = decode_frame(self._read(FRAME_BYTES, deadline), allowed, limit)
+        return kind, self._read(num_bytes, deadline)
+
+    def peer_has_closed(self) -> bool:
+        """Whether the peer has hung up. Does not wait, consumes nothing, may be asked from another thread."""
+        poller = select.poll()
+        try:
+            poller.register(self._socket, select.POLLRDHUP)
+        except ValueError:
+            return True
+        return bool(poller.poll(0))
+
+    def take_bytes_sent(self) -> int:
+        """Bytes sent since the last call."""
+        taken, self._bytes_sent = self._bytes_sent, 0
+        return taken
+
+    def take_bytes_received(self) -> int:
+        """Bytes received since the last call."""
+        taken, self._bytes_received = self._bytes_received, 0
+        return taken
+
+    def shutdown(self) -> None:
+        """Hang up, waking a thread that is blocked in `receive`. The file descriptor stays open until `close`."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return
+
+    def close(self) -> None:
+        """Release the connection."""
+        self._socket.close()
+
+    def _read(self, num_bytes: int, deadline: float | None) -> memoryview:
+        buffer = self._buffer
+        if num_bytes > len(buffer):
+            # A new buffer, because views of the old one may still be alive.
+            buffer = bytearray(num_bytes if num_bytes > _KEPT_BUFFER_BYTES else 1 << (num_bytes - 1).bit_length())
+            self._buffer = buffer if num_bytes <= _KEPT_BUFFER_BYTES else self._buffer
+        view = memoryview(buffer)[:num_bytes]
+        filled = 0
+        while filled < num_bytes:
+            self._set_timeout(deadline)
+            received = self._socket.recv_into(view[filled:])
+            if not received:
+                raise ConnectionResetError("the peer hung up")
+            filled += received
+        self._bytes_received += num_bytes
+        return view
+
+    def _set_timeout(self, deadline: float | None) -> None:
+        self._socket.settimeout(None if deadline is None else _remaining(deadline))
+
+
+def _remaining(deadline: float) -> float:
+    """Seconds until a deadline. A socket timeout of 0 would mean not to wait at all, so a passed one raises."""
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise TimeoutError("the deadline has passed")
+    return remaining

@@ -1,0 +1,232 @@
+"""The target worker's link to its draft: proposals by a deadline, or none, and never an exception.
+
+A draft that is slow, dead, of another version or nonsense costs speed, never a token. After any failure the
+link hangs up and the breaker opens for `retry_s`. The next connection is a new epoch, to a draft that knows none of
+the running requests: those run on without proposals. Connecting, greeting and the half-open probe happen in a
+thread beside the per-step path.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from unmask.errors import UserError, WireError
+from unmask.pairing.connection import DraftConnection
+from unmask.pairing.hello import TargetShape
+from unmask.pairing.link_file import LinkConfig, read_link_file
+from unmask.pairing.status import LinkStatus
+from unmask.pairing.wire import Proposals
+from unmask.types import ProposalRow
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.25
+_DEFAULT_RETRY_S = 1.0
+_MAX_RETRY_S = 30.0
+_EXACT_FLOAT = 2**53
+
+
+class DraftLink:
+    """Asks a draft for proposals on behalf of one target worker.
+
+    `propose` belongs to one thread; a thread of the link's own keeps it connected between `start` and `close`.
+
+    Args:
+        path: the link file; read again after every failure and whenever it changes.
+        shape: what this target is, for refusing a draft of another one.
+        num_speculative_tokens: K that the engine was built for; the draft and the link file may lower it.
+        device: where feature rows are projected.
+        status: counters to keep.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        shape: TargetShape,
+        num_speculative_tokens: int,
+        device: torch.device | str = "cpu",
+        status: LinkStatus | None = None,
+    ) -> None:
+        self.status = status or LinkStatus()
+        self._path = Path(path)
+        self._shape = shape
+        self._max_k = num_speculative_tokens
+        self._device = torch.device(device)
+        self._connection: DraftConnection | None = None
+        self._config: LinkConfig | None = None
+        self._stamp: tuple[int, int] | None = None
+        self._failed_steps = 0
+        self._retry_at = 0.0
+        self._reason = ""
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._closing = False
+        self._thread = threading.Thread(target=self._keep_connected, name="draft_link", daemon=True)
+
+    def start(self) -> None:
+        """Begin to connect."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Hang up for good."""
+        self._closing = True
+        self._wake.set()
+        self._thread.join()
+        with self._lock:
+            self._disconnect()
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        """K that the next step will ask for; 0 while there is no draft to ask."""
+        connection, config = self._connection, self._config
+        if connection is None or config is None:
+            return 0
+        k = min(self._max_k, connection.hello.block_size - 1)
+        return k if config.num_speculative_tokens is None else min(k, config.num_speculative_tokens)
+
+    def wait_until_ready(self, timeout_s: float) -> bool:
+        """Wait until proposals can be had; False if the time is up first."""
+        end = time.monotonic() + timeout_s
+        while not self.num_speculative_tokens and time.monotonic() < end:
+            time.sleep(0.01)
+        return self.num_speculative_tokens > 0
+
+    def propose(self, rows: Sequence[ProposalRow], features: Tensor, finished: Sequence[int] = ()) -> list[list[int]]:
+        """Proposals for one step.
+
+        Args:
+            rows: one a request of the step, no request twice.
+            features: raw hidden states [T, D * H] of the rows in order, T the sum of `num_features`.
+            finished: requests that will not be named again.
+
+        Returns:
+            At most K ids a row; empty lists where there is no proposal, for whatever reason.
+        """
+        with self._lock:
+            k = self.num_speculative_tokens
+            if self._connection is None or self._config is None or not k:
+                return [[] for _ in rows]
+            started = time.monotonic()
+            deadline = started + self._config.timeout_ms / 1000
+            try:
+                proposals = self._connection.propose(rows, features, finished, k=k, deadline=deadline)
+            except (OSError, WireError) as error:
+                self._fail_step(error)
+                return [[] for _ in rows]
+            self._failed_steps = 0
+            self._count(self._connection, proposals, time.monotonic() - started)
+        counts = proposals.counts.tolist()
+        return [ids[:count] for ids, count in zip(proposals.tokens.tolist(), counts, strict=True)]
+
+    def _keep_connected(self) -> None:
+        while not self._closing:
+            self._follow_link_file()
+            if self._connection is not None:
+                self._notice_hang_up()
+            elif time.monotonic() >= self._retry_at:
+                self._connect()
+            pause_s = _POLL_S if self._connection else min(_POLL_S, self._retry_at - time.monotonic())
+            self._wake.wait(max(pause_s, 0.0))
+            self._wake.clear()
+
+    def _follow_link_file(self) -> None:
+        """Take a changed link file in: move to another draft, or ask for another K."""
+        stamp = _stamp(self._path)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            config = read_link_file(self._path)
+        except UserError as error:
+            logger.warning("kept the draft link as it was: %s", error)
+            return
+        with self._lock:
+            old, self._config = self._config, config
+            self._retry_at, self._failed_steps = 0.0, 0
+            if old is None or (old.address, old.secret_file) != (config.address, config.secret_file):
+                self._disconnect()
+            self._show()
+
+    def _connect(self) -> None:
+        """One attempt, the breaker half open."""
+        # An unchanged file may still be news: a restarted draft can take up its old address with another secret.
+        try:
+            config = read_link_file(self._path)
+            connection = DraftConnection.open(config, self._shape, self._device)
+        except (OSError, UserError) as error:
+            retry_s = self._config.retry_s if self._config else _DEFAULT_RETRY_S
+            self.status.add("connect_failures", 1)
+            self._open_breaker(error, retry_s)
+            return
+        with self._lock:
+            self._connection, self._config, self._reason = connection, config, ""
+            self._show()
+        k = self.num_speculative_tokens
+        logger.info("draft %016x at %s proposes %d tokens", connection.hello.draft_version, config.address, k)
+
+    def _notice_hang_up(self) -> None:
+        """See a draft go even while no step is asked of it."""
+        connection = self._connection
+        if connection is not None and connection.channel.peer_has_closed():
+            with self._lock:
+                if self._connection is connection:
+                    self._fail_step(ConnectionResetError("the draft hung up"))
+
+    def _fail_step(self, error: Exception) -> None:
+        """Give up an epoch. The lock is held."""
+        self._disconnect()
+        self.status.add("failures", 1)
+        # Unlike a failed attempt to connect, a failed step cost the target time: repeated ones are spaced out.
+        retry_s = self._config.retry_s if self._config else _DEFAULT_RETRY_S
+        spaced_s = retry_s * 2 ** min(self._failed_steps, 16)
+        self._failed_steps += 1
+        self._open_breaker(error, max(retry_s, min(spaced_s, _MAX_RETRY_S)))
+        self._wake.set()
+
+    def _open_breaker(self, error: Exception, retry_s: float) -> None:
+        self._retry_at = time.monotonic() + retry_s
+        self._show()
+        reason = str(error)
+        if reason != self._reason:
+            logger.warning("no proposals for now: %s", reason)
+        self._reason = reason
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+    def _show(self) -> None:
+        """Bring the gauges up to date."""
+        connection, k = self._connection, self.num_speculative_tokens
+        self.status["connected"] = float(connection is not None)
+        self.status["speculation_enabled"] = float(k > 0)
+        self.status["breaker_open"] = float(connection is None and self._retry_at > 0)
+        self.status["num_speculative_tokens"] = k
+        if connection is not None:
+            self.status["draft_version"] = connection.hello.draft_version % _EXACT_FLOAT
+
+    def _count(self, connection: DraftConnection, proposals: Proposals, seconds: float) -> None:
+        self.status.add("steps", 1)
+        self.status.add("proposals", int((proposals.counts > 0).sum()))
+        self.status.add("proposed_tokens", int(proposals.counts.sum()))
+        self.status.add("round_trip_ms_sum", 1000 * seconds)
+        self.status.add("round_trip_ms_count", 1)
+        self.status.add("bytes_sent", connection.channel.take_bytes_sent())
+        self.status.add("bytes_received", connection.channel.take_bytes_received())
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What tells one content of a file that is only ever replaced from another."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns

@@ -1,0 +1,96 @@
+"""One authenticated connection of a target worker to a draft, from the draft's HELLO to the first failure: an epoch."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unmask.errors import WireError
+from unmask.pairing.channel import Channel
+from unmask.pairing.handshake import authenticate_as_target, read_secret
+from unmask.pairing.hello import Hello, TargetShape, decode_hello
+from unmask.pairing.link_file import LinkConfig
+from unmask.pairing.wire import (
+    MAX_MESSAGE_BYTES,
+    Kind,
+    Proposals,
+    Step,
+    decode_proposals,
+    decode_refusal,
+    encode_step,
+    pack_rows,
+)
+from unmask.types import ProposalRow
+
+
+class DraftConnection:
+    """A draft that has proved the secret, fits the target and has answered an empty step."""
+
+    def __init__(self, channel: Channel, hello: Hello, device: torch.device) -> None:
+        self.channel = channel
+        self.hello = hello
+        self._projection = hello.projection.to(device)
+        self._epoch = secrets.randbits(64)
+        self._steps = 0
+
+    @classmethod
+    def open(cls, config: LinkConfig, shape: TargetShape, device: torch.device) -> DraftConnection:
+        """Connect, authenticate, receive the projection and probe the draft's engine.
+
+        Raises:
+            ConfigError: no secret to be read.
+            PairingError: the draft is another target's.
+            WireError: the peer does not know the secret, or breaks the protocol.
+            OSError: nobody there, or not within the connect timeout.
+        """
+        if config.address is None:
+            raise WireError("no draft is placed")
+        secret = read_secret(config.secret_file)
+        deadline = time.monotonic() + config.connect_timeout_ms / 1000
+        with ExitStack() as on_failure:
+            channel = Channel.connect(config.address, deadline)
+            on_failure.callback(channel.close)
+            authenticate_as_target(channel, secret, deadline)
+            hello = decode_hello(_receive(channel, Kind.HELLO, shape.hello_bytes, deadline))
+            shape.check(hello)
+            connection = cls(channel, hello, device)
+            nothing = torch.empty(0, hello.projection.fc.shape[1], device=device)
+            connection.propose([], nothing, (), k=1, deadline=deadline)
+            on_failure.pop_all()
+        return connection
+
+    def propose(
+        self, rows: Sequence[ProposalRow], features: Tensor, finished: Sequence[int], *, k: int, deadline: float
+    ) -> Proposals:
+        """Project raw features [T, D * H], send them, and wait for the proposals. Raises WireError, OSError."""
+        self._steps += 1
+        step = Step(
+            draft_version=self.hello.draft_version,
+            epoch=self._epoch,
+            number=self._steps,
+            num_speculative_tokens=k,
+            rows=pack_rows(rows),
+            features=self._projection(features).to("cpu"),
+            finished=np.array(finished, dtype="<u8"),
+        )
+        self.channel.send(Kind.STEP, encode_step(step), deadline)
+        payload = _receive(self.channel, Kind.PROPOSALS, MAX_MESSAGE_BYTES, deadline)
+        return decode_proposals(payload, step, self.hello.vocab_size)
+
+    def close(self) -> None:
+        """Hang up."""
+        self.channel.close()
+
+
+def _receive(channel: Channel, kind: Kind, limit: int, deadline: float) -> memoryview:
+    """Receive a frame of one kind; a refusal in its place is raised as WireError."""
+    received, payload = channel.receive([kind, Kind.REFUSAL], limit, deadline)
+    if received is Kind.REFUSAL:
+        raise WireError(f"the draft refused: {decode_refusal(payload)}")
+    return payload

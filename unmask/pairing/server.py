@@ -1,0 +1,257 @@
+"""The draft server: sockets in front of a `DraftEngine`.
+
+A reader thread per connection authenticates its peer and parses its steps; the engine's thread batches them over all
+connections and answers. A connection has one step under way at a time.
+
+`python -m unmask.pairing.server --draft DIR --target DIR --secret-file F --address-file F` serves until SIGTERM or
+until its standard input closes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from unmask.errors import WireError
+from unmask.models.dflash import DFlashDraft
+from unmask.pairing.batcher import Batcher
+from unmask.pairing.channel import UNIX_PREFIX, Channel
+from unmask.pairing.draft_engine import DraftEngine
+from unmask.pairing.handshake import authenticate_as_draft
+from unmask.pairing.hello import encode_hello
+from unmask.pairing.wire import MAX_MESSAGE_BYTES, Kind, Proposals, decode_step, encode_proposals, encode_refusal
+from unmask.types import TargetRecord
+
+logger = logging.getLogger(__name__)
+
+_HANDSHAKE_S = 5.0
+_HELLO_S = 60.0
+_SEND_S = 2.0
+_MAX_CONNECTIONS = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftStats:
+    """What a draft server has done since it started, and what it holds now."""
+
+    draft_version: int
+    connections: int
+    """Authenticated connections now."""
+    refused: int
+    """Connections that failed to authenticate or broke the protocol."""
+    steps: int
+    """Engine steps; one serves every message that had arrived."""
+    messages: int
+    proposals: int
+    """Rows that were answered with a block."""
+    proposed_tokens: int
+    busy_s: float
+    resident_requests: int
+    resident_pages: int
+    num_pages: int
+
+
+class DraftServer:
+    """Serves a draft to target workers.
+
+    Args:
+        draft: the network, on its device.
+        embedding: the target's token embeddings [V, H].
+        lm_head: the target's LM head [V, H].
+        secret: shared secret that every target worker must prove, and has proved to it.
+        host: interface to bind, or `unix:/path`.
+        port: TCP port; 0 picks a free one.
+        memory_mb: bound of the context cache in MiB.
+        record: the target that the draft was trained for, where it is recorded.
+    """
+
+    def __init__(
+        self,
+        draft: DFlashDraft,
+        embedding: Tensor,
+        lm_head: Tensor,
+        secret: bytes,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        memory_mb: float = 256,
+        record: TargetRecord | None = None,
+    ) -> None:
+        self._engine = DraftEngine(draft, embedding, lm_head, record=record, memory_mb=memory_mb)
+        self._batcher = Batcher(self._engine, on_end=self._hang_up)
+        self._secret = secret
+        self._host, self._port = host, port
+        self.address = host
+        """Where target workers connect, once started: `host:port` or `unix:/path`."""
+        self._listener: socket.socket | None = None
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._channels: set[Channel] = set()
+        self._idle: dict[int, threading.Event] = {}
+        self._numbers = itertools.count()
+        self._refused = 0
+
+    def start(self) -> None:
+        """Bind and serve in threads of this process. Raises OSError if the address is taken."""
+        self._listener = _listen(self._host, self._port)
+        if not self._host.startswith(UNIX_PREFIX):
+            host = f"[{self._host}]" if ":" in self._host else self._host
+            self.address = f"{host}:{self._listener.getsockname()[1]}"
+        self._batcher.start()
+        threading.Thread(target=self._accept, args=(self._listener,), name="draft_accept", daemon=True).start()
+
+    def stop(self) -> None:
+        """Hang up on everybody and wait for the step under way."""
+        self._hang_up()
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+            if self.address.startswith(UNIX_PREFIX):
+                Path(self.address.removeprefix(UNIX_PREFIX)).unlink(missing_ok=True)
+        self._batcher.stop()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine runs. One that has died has hung up on everybody."""
+        return self._batcher.alive
+
+    def swap(self, draft: DFlashDraft, record: TargetRecord | None = None) -> None:
+        """Replace the weights between two steps (see `DraftEngine.swap`). Raises PairingError."""
+        self._engine.swap(draft, record)
+
+    def stats(self) -> DraftStats:
+        """Counters since the start."""
+        return DraftStats(
+            draft_version=self._engine.version,
+            connections=len(self._idle),
+            refused=self._refused,
+            steps=self._batcher.steps,
+            messages=self._batcher.messages,
+            proposals=self._batcher.proposals,
+            proposed_tokens=self._batcher.proposed_tokens,
+            busy_s=self._batcher.busy_s,
+            resident_requests=self._engine.resident_requests,
+            resident_pages=self._engine.resident_pages,
+            num_pages=self._engine.num_pages,
+        )
+
+    def _accept(self, listener: socket.socket) -> None:
+        while not self._stopping:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                # The peer is gone already, descriptors are short, or `stop` has closed the listener.
+                time.sleep(0.01)
+                continue
+            channel = Channel(sock)
+            with self._lock:
+                welcome = not self._stopping and len(self._channels) < _MAX_CONNECTIONS
+                if welcome:
+                    self._channels.add(channel)
+            if welcome:
+                threading.Thread(target=self._serve, args=(channel,), name="draft_session", daemon=True).start()
+            else:
+                channel.close()
+
+    def _serve(self, channel: Channel) -> None:
+        """One connection, from its first byte to its last."""
+        with closing(channel):
+            try:
+                authenticate_as_draft(channel, self._secret, time.monotonic() + _HANDSHAKE_S)
+                channel.send(Kind.HELLO, encode_hello(self._engine.hello), time.monotonic() + _HELLO_S)
+                with self._session() as session:
+                    self._read_steps(session, channel)
+            except WireError as error:
+                self._refused += 1
+                logger.warning("refused a target worker: %s", error)
+                _refuse(channel, str(error))
+            except OSError as error:
+                logger.debug("a target worker is gone: %s", error)
+            finally:
+                with self._lock:
+                    self._channels.discard(channel)
+
+    @contextmanager
+    def _session(self) -> Iterator[int]:
+        """A session number, whose context is dropped in the end."""
+        with self._lock:
+            number = next(self._numbers)
+            self._idle[number] = idle = threading.Event()
+            idle.set()
+        try:
+            yield number
+        finally:
+            # A step of this session may be under way; the context that it adds must not outlive the session.
+            idle.wait()
+            self._engine.close_session(number)
+            with self._lock:
+                del self._idle[number]
+
+    def _read_steps(self, session: int, channel: Channel) -> None:
+        idle = self._idle[session]
+
+        def answer(reply: Proposals | None) -> None:
+            if reply is None:
+                _refuse(channel, "the draft has been replaced by another version; greet it again")
+            else:
+                _send(channel, reply)
+            idle.set()
+
+        while not self._stopping:
+            _, payload = channel.receive([Kind.STEP], MAX_MESSAGE_BYTES)
+            step = decode_step(payload)
+            self._engine.check(step)
+            idle.clear()
+            self._batcher.submit(session, step, answer)
+            # The step's features are views of the channel's buffer: read on only when they have been used.
+            idle.wait()
+
+    def _hang_up(self) -> None:
+        """End every connection. Also run when the engine has died: targets shall notice at once."""
+        with self._lock:
+            self._stopping = True
+            for channel in self._channels:
+                channel.shutdown()
+            for idle in self._idle.values():
+                idle.set()
+
+
+def _send(channel: Channel, reply: Proposals) -> None:
+    try:
+        channel.send(Kind.PROPOSALS, encode_proposals(reply), time.monotonic() + _SEND_S)
+    except OSError:
+        channel.shutdown()
+
+
+def _refuse(channel: Channel, reason: str) -> None:
+    try:
+        channel.send(Kind.REFUSAL, encode_refusal(reason), time.monotonic() + _SEND_S)
+    except OSError as error:
+        logger.debug("a refused target worker is gone: %s", error)
+    channel.shutdown()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    if not host.startswith(UNIX_PREFIX):
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    path = host.removeprefix(UNIX_PREFIX)
+    Path(path).unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(path)
+    listener.listen()
+    return listener
+
+
+if __name__ == "__main__":
+    from unmask.pairing.server_process import main
+
+    main()

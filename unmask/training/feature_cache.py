@@ -1,0 +1,64 @@
+"""The frozen target's features of the training sequences: computed once, kept while memory lasts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from unmask.models.target import TargetModel
+from unmask.training.sequences import SequenceSet
+
+
+class FeatureCache:
+    """Features [T, D * H] by sequence, computed online and kept up to a bound.
+
+    Args:
+        target: the frozen target, on the training device.
+        sequences: whose features are asked for.
+        max_bytes: bound of what is kept (in host memory); sequences beyond it are recomputed at every visit.
+        batch_tokens: padded tokens of one target forward while warming up.
+    """
+
+    def __init__(self, target: TargetModel, sequences: SequenceSet, max_bytes: int, batch_tokens: int = 4096) -> None:
+        self.target, self.sequences = target, sequences
+        self.max_bytes, self.batch_tokens = max_bytes, batch_tokens
+        self.kept: dict[int, Tensor] = {}
+        self.bytes = 0
+
+    def warm_up(self) -> int:
+        """Fill the cache in batches of sequences of like length; returns the number of sequences kept."""
+        lengths = [len(s.ids) for s in self.sequences.sequences]
+        pending: list[int] = []
+        for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+            if pending and (len(pending) + 1) * lengths[index] > self.batch_tokens:
+                self._keep(pending)
+                pending = []
+            if self.bytes >= self.max_bytes:
+                return len(self.kept)
+            pending.append(index)
+        if pending:
+            self._keep(pending)
+        return len(self.kept)
+
+    def get(self, indices: tuple[int, ...]) -> Tensor:
+        """Features [B, T, D * H] of a batch, right-padded with zeros, on the target's device."""
+        missing = [i for i in indices if i not in self.kept]
+        fresh = dict(zip(missing, self._compute(missing), strict=True)) if missing else {}
+        rows = [self.kept[i] if i in self.kept else fresh[i] for i in indices]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return padded.to(self.target.device, non_blocking=True)
+
+    def _keep(self, indices: list[int]) -> None:
+        for index, features in zip(indices, self._compute(indices), strict=True):
+            size = features.numel() * features.element_size()
+            if self.bytes + size <= self.max_bytes:
+                self.kept[index] = features.cpu()
+                self.bytes += size
+
+    def _compute(self, indices: list[int]) -> list[Tensor]:
+        batch = self.sequences.batch(indices)
+        ids = batch.ids_BT.to(self.target.device)
+        mask = torch.arange(ids.shape[1]) < batch.length_B[:, None]
+        features = self.target.features(ids, mask.to(ids.device).long())
+        # Cloned row by row: a view would keep the whole padded batch alive.
+        return [features[row, :length].clone() for row, length in enumerate(batch.length_B.tolist())]
