@@ -35,8 +35,7 @@ class Evaluator:
         torch.set_num_threads(spec.threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         draft = load_draft(spec.draft_path).to(device)
-        target = TargetModel.load(spec.target_path, draft.config.target_layer_ids, torch.float32)
-        target.model.to(device)
+        target = TargetModel.load(spec.target_path, draft.config.target_layer_ids, torch.float32).to(device)
         tables = read_tables(Path(spec.run_dir), ["response_ids"])
         self.evaluator = PairingEvaluator(
             target,

@@ -81,8 +81,7 @@ class Learner:
     def _build(self, device: torch.device) -> DraftTrainer:
         """Target, sequences and draft of this rank; the draft is wrapped for data parallelism, never changed by it."""
         precision = torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
-        target = TargetModel.load(self.spec.target_path, self.spec.draft.target_layer_ids, precision)
-        target.model.to(device)
+        target = TargetModel.load(self.spec.target_path, self.spec.draft.target_layer_ids, precision).to(device)
         draft = new_draft(self.spec.draft, target.model, self.recipe.draft.init, self.config.seed).to(device)
         sequences = SequenceSet(
             _sequences(self.recipe),
@@ -162,7 +161,5 @@ def _sequences(recipe: Recipe) -> list[TokenSequence]:
     return [
         TokenSequence(tuple(prompt + response), len(prompt))
         for table in tables
-        for prompt, response in zip(
-            table["prompt_ids"].to_pylist(), table["response_ids"].to_pylist(), strict=True
-        )
+        for prompt, response in zip(table["prompt_ids"].to_pylist(), table["response_ids"].to_pylist(), strict=True)
     ]

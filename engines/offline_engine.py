@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -59,11 +59,13 @@ class OfflineEngine:
         self._running: dict[str, Future[Completion]] = {}
         self._closing = False
         self._ending = threading.Lock()
-        # vLLM's thread settings belong to the thread that builds the engine, so the same one must step it.
-        self._thread = ThreadPoolExecutor(1, "vllm")
-        self._engine = self._thread.submit(_build, arguments).result()
-        self._loop = self._thread.submit(self._run)
+        self._loop: Future[None] = Future()
         self._loop.add_done_callback(self._fail_rest)
+        built: Future[Any] = Future()
+        # A daemon: the process must be able to end while the engine waits for work, or its memory is never released.
+        self._thread = threading.Thread(target=self._live, args=(arguments, built), name="vllm", daemon=True)
+        self._thread.start()
+        self._engine = built.result()
 
     def submit(self, prompt_ids: Sequence[int], options: SamplingOptions) -> Future[Completion]:
         """Queue one request. Its future raises PromptError if vLLM refuses it, EngineDiedError if the engine fails."""
@@ -76,8 +78,23 @@ class OfflineEngine:
     def close(self) -> None:
         """Finish what runs, then release the engine's memory."""
         self._incoming.put(None)
-        self._thread.shutdown(wait=True)
+        self._thread.join()
         self._engine.engine_core.shutdown()
+
+    def _live(self, arguments: dict[str, Any], built: Future[Any]) -> None:
+        """The thread: vLLM's thread settings belong to the one that builds the engine, so the same one steps it."""
+        try:
+            self._engine = _build(arguments)
+        except BaseException as error:  # noqa: BLE001 - the caller raises it in its own thread
+            built.set_exception(error)
+            return
+        built.set_result(self._engine)
+        try:
+            self._run()
+        except BaseException as error:  # noqa: BLE001 - waiting callers are told whatever ended the engine
+            self._loop.set_exception(error)
+        else:
+            self._loop.set_result(None)
 
     def _run(self) -> None:
         names = itertools.count()

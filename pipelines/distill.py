@@ -68,8 +68,9 @@ def _train(recipe: Recipe, run_dir: Path) -> None:
     connect(
         num_cpus=config.num_workers * config.cpus_per_worker + 1, num_gpus=config.num_workers if config.use_gpu else 0
     )
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.exceptions import TrainingFailedError
 
     from actors.learner import learn
 
@@ -90,7 +91,7 @@ def _train(recipe: Recipe, run_dir: Path) -> None:
     )
     try:
         trainer.fit()
-    except Exception as error:  # Ray wraps whatever a worker raised; only the cause tells mistake from fault.
+    except TrainingFailedError as error:  # It wraps what a worker raised; only the cause tells mistake from fault.
         raise explain(error) from error
 
 

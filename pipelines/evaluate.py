@@ -10,6 +10,7 @@ import itertools
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from actors.cluster import connect, explain
 from pipelines.cli import Invocation, run_pipeline
@@ -106,7 +107,7 @@ def _run(
         max_new_tokens=config.max_new_tokens,
         threads=max(1, int(config.cpus_per_worker)),
     )
-    actor = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=gpus)(Evaluator)
+    actor: Any = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=gpus)(Evaluator)
     workers = [actor.remote(spec) for _ in range(config.num_workers)]
     names = [name for name, chosen in prompts.items() for _ in chosen]
     try:

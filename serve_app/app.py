@@ -24,6 +24,7 @@ from serve_app.backend import ReplicaReport
 from serve_app.directory import Directory
 from serve_app.draft import Draft
 from serve_app.ingress import create_app
+from serve_app.replica_log import join_replica_log
 from serve_app.replicas import ReplicaBackend
 from serve_app.service import Service
 from serve_app.settings import (
@@ -56,6 +57,7 @@ class Ingress:
         from serve_app.tokenizer import ChatTokenizer
         from unmask.targets import resolve_target
 
+        join_replica_log()
         self._draft = draft  # held so that Serve deploys it with the application
         options = config.serve
         admission = Admission(config.slots, options.max_queued)

@@ -13,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.backend import ReplicaReport
 from serve_app.directory import DraftEndpoint, keep_telling
+from serve_app.replica_log import join_replica_log
 from serve_app.replica_stats import draft_metrics
 from serve_app.settings import AppConfig
 from unmask.errors import ConfigError
@@ -30,6 +31,7 @@ class Draft:
     """
 
     async def __init__(self, config: AppConfig, directory: DeploymentHandle) -> None:
+        join_replica_log()
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._directory = directory
         self._secret: str = await directory.agree_on_secret.remote(None)

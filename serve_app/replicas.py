@@ -70,9 +70,7 @@ class ReplicaBackend:
         self, request_id: str, prompt_ids: list[int], options: SamplingOptions
     ) -> AsyncGenerator[TokenDelta, None]:
         """One attempt at one replica."""
-        response = cast(
-            "DeploymentResponseGenerator[TokenDelta]", self._target.remote(request_id, prompt_ids, options)
-        )
+        response = cast("DeploymentResponseGenerator[TokenDelta]", self._target.remote(request_id, prompt_ids, options))
         finished = False
         try:
             async for delta in response:

@@ -20,6 +20,9 @@ APPLICATION = "unmask"
 DRAIN_S = 20.0
 """How long a replica that is to go may finish what it has begun."""
 
+# The ingress writes its own line for each request; a line for each call inside the application says nothing more.
+_LOGGING = {"logging_config": {"enable_access_log": False}}
+
 _HEALTH = {
     # A check costs a call; a hung replica is out of rotation after period + timeout.
     "health_check_period_s": 3.0,
@@ -75,6 +78,7 @@ def ingress_options(config: AppConfig) -> dict[str, Any]:
         # How often a replica that is to go looks whether it may.
         "graceful_shutdown_wait_loop_s": 0.5,
         **_HEALTH,
+        **_LOGGING,
     }
 
 
@@ -93,6 +97,7 @@ def target_options(config: AppConfig) -> dict[str, Any]:
         # A constructor that fails takes minutes on a GPU; what failed thrice fails again.
         "max_constructor_retry_count": 3,
         **_BUSY_HEALTH,
+        **_LOGGING,
     }
 
 
@@ -108,6 +113,7 @@ def draft_options(config: AppConfig) -> dict[str, Any]:
         "graceful_shutdown_wait_loop_s": 0.1,
         "max_constructor_retry_count": 3,
         **_BUSY_HEALTH,
+        **_LOGGING,
     }
 
 
@@ -121,6 +127,7 @@ def directory_options() -> dict[str, Any]:
         "graceful_shutdown_timeout_s": 1.0,
         "graceful_shutdown_wait_loop_s": 0.1,
         **_HEALTH,
+        **_LOGGING,
     }
 
 

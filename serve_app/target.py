@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import shutil
 import tempfile
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -17,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.backend import BackendUnavailableError, ReplicaReport
 from serve_app.directory import DraftEndpoint, LinkState, keep_telling
+from serve_app.replica_log import join_replica_log
 from serve_app.replica_stats import target_metrics
 from serve_app.settings import AppConfig
 from unmask.errors import ConfigError
@@ -37,10 +39,11 @@ class Target:
     """
 
     async def __init__(self, config: AppConfig, directory: DeploymentHandle) -> None:
+        join_replica_log()
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._directory = directory
         self._secret: str = await directory.agree_on_secret.remote(None)
-        self._link = None
+        self._link: _Link | None = None
         if config.serve.draft is not None:
             self._link = await asyncio.to_thread(_Link.create, config, self._secret)
         self._engine = _engine(config, self._link)
@@ -77,11 +80,13 @@ class Target:
             raise RuntimeError("the replica has stopped telling of itself") from self._telling.exception()
 
     async def __del__(self) -> None:
-        """Called by Serve when the replica goes: leave no engine process behind."""
+        """Called by Serve when the replica goes: leave no engine process and no secret behind."""
         if hasattr(self, "_telling"):
             self._telling.cancel()
         if hasattr(self, "_engine"):
             await self._engine.stop()
+        if getattr(self, "_link", None):
+            shutil.rmtree(self._link.folder, ignore_errors=True)
 
     async def _tell(self) -> None:
         if await self._directory.agree_on_secret.remote(self._secret) != self._secret:

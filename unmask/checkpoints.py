@@ -66,7 +66,7 @@ def config_from_json(tree: dict[str, Any]) -> tuple[DFlashConfig, TargetRecord |
             field="sample_from_anchor",
         )
     rope = tree.get("rope_parameters") or {"rope_type": "default", **(tree.get("rope_scaling") or {})}
-    merged = {
+    merged: dict[str, Any] = {
         **tree,
         "rope_parameters": {"rope_theta": tree.get("rope_theta", 10000.0), **rope},
         "block_size": tree.get("block_size", dflash.get("block_size")),
@@ -147,7 +147,8 @@ def check_pairing(draft_path: str | Path, target: TargetRecord) -> DFlashConfig:
             raise PairingError(f"the draft was made for {of_draft}, the target has {of_target}", field=name)
     if record is None:
         raise PairingError(
-            f"'{draft_path}' does not say which target it was trained for; publish it with `unmask publish`", field=RECORD
+            f"'{draft_path}' does not say which target it is for; publish it with publish.adopt=true",
+            field=RECORD,
         )
     for field in dataclasses.fields(TargetRecord):
         ours, theirs = getattr(target, field.name), getattr(record, field.name)

@@ -123,7 +123,7 @@ class DistillConfig:
 
     max_steps: int | None = None
     max_seconds: float | None = 300.0
-    """Budget of optimiser time (loading, features and checkpoints not counted); the first limit reached ends the run."""
+    """Budget of optimiser time (loading and features not counted); the first limit reached ends the run."""
     sequences_per_step: int = 2
     """Per worker."""
     anchors_per_sequence: int = 16

@@ -204,10 +204,8 @@ def test_every_block_equals_native_dflash(
     for name, found in (("native", native_blocks), ("remote", blocks)):
         lines = [json.dumps([*key, *ids]) for key, ids in sorted(found.items())]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    # vLLM's method stays silent for a whole batch while one request is within K tokens of the length limit.
-    assert native_blocks.keys() < blocks.keys()
-    assert {key: blocks[key] for key in native_blocks} == native_blocks
-    assert all(len(ids) == K for ids in blocks.values())
+    assert blocks == native_blocks
+    assert max(anchor for _, anchor in blocks) > MAX_MODEL_LEN - K
     assert len({tuple(ids) for ids in blocks.values()}) > 40
     assert server.stats().proposals == len(blocks)
 

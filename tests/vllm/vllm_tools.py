@@ -56,6 +56,7 @@ def engine(target: Path, **options: Any) -> Iterator[Any]:
     """A vLLM engine in this process, one at a time."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     torch.set_num_threads(1)
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory

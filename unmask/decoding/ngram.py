@@ -36,12 +36,18 @@ class NgramProposer:
         return self.lookup(ids, num_tokens) or self.chain(ids, num_tokens)
 
     def lookup(self, ids: Sequence[int], num_tokens: int) -> list[int]:
-        """Continuation of the latest earlier occurrence of the longest suffix of two tokens or more."""
+        """Continuation of the latest earlier occurrence of the longest suffix of two tokens or more.
+
+        A match that overlaps the end goes on with what it has proposed, so that repetition is followed.
+        """
         for length in range(self.max_suffix, 1, -1):
             suffix = list(ids[-length:])
             for start in range(len(ids) - length - 1, -1, -1):
                 if list(ids[start : start + length]) == suffix:
-                    return list(ids[start + length : start + length + num_tokens])
+                    text = list(ids)
+                    for offset in range(num_tokens):
+                        text.append(text[start + length + offset])
+                    return text[len(ids) :]
         return []
 
     def chain(self, ids: Sequence[int], num_tokens: int) -> list[int]:

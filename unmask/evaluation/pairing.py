@@ -110,4 +110,3 @@ def summarise(outcomes: Sequence[PromptOutcome], num_speculative_tokens: int) ->
         tokens_per_second=tokens / max(sum(outcome.seconds for outcome in outcomes), 1e-9),
         tokens_per_second_target_only=tokens / max(sum(outcome.seconds_target_only for outcome in outcomes), 1e-9),
     )
-

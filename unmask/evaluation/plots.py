@@ -38,7 +38,9 @@ def _length_bars(axes: Any, sets: Mapping[str, SetSummary]) -> None:
         tau = summary.acceptance_length
         error = [[max(tau - low, 0)], [max(high - tau, 0)]]
         axes.bar(index - width / 2, tau, width, yerr=error, capsize=4, color="C0", label=None if index else "draft")
-        axes.bar(index + width / 2, summary.acceptance_length_ngram, width, color="C7", label=None if index else "n-grams")
+        axes.bar(
+            index + width / 2, summary.acceptance_length_ngram, width, color="C7", label=None if index else "n-grams"
+        )
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set(title="Acceptance length (95 % interval over prompts)", ylabel="tokens per verification")
     axes.set_xticks(range(len(sets)), list(sets))

@@ -12,7 +12,7 @@ can be made ahead of the draft step and cached. Embedding table and LM head are 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -165,7 +165,7 @@ class DFlashDraft(nn.Module):
             Keys (normed and rotated) and values, each [L, ..., S, num_kv_heads, d].
         """
         cos, sin = self.rotary(positions, context)
-        pairs = [layer.self_attn.keys_values(context, cos, sin) for layer in self.layers]
+        pairs = [cast(DFlashLayer, layer).self_attn.keys_values(context, cos, sin) for layer in self.layers]
         return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
 
     def forward(

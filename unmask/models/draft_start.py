@@ -65,7 +65,7 @@ def new_draft(config: DFlashConfig, target: PreTrainedModel, init: str, seed: in
 
 
 def _copy_target(draft: DFlashDraft, target: PreTrainedModel) -> None:
-    decoder = target.get_decoder()
+    decoder: Any = target.get_decoder()
     blocks = decoder.layers[-draft.config.num_hidden_layers :]
     if len(blocks) < len(draft.layers):
         raise CheckpointError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -35,20 +36,25 @@ class TargetModel:
         )
         return cls(model, layer_ids)
 
+    def to(self, device: torch.device | str) -> TargetModel:
+        """Move the weights."""
+        cast(nn.Module, self.model).to(device)
+        return self
+
     @property
     def blocks(self) -> nn.ModuleList:
         """The target's decoder blocks."""
-        return self.model.get_decoder().layers
+        return cast(nn.ModuleList, self.model.get_decoder().layers)
 
     @property
     def embedding(self) -> Tensor:
         """Token embedding table [V, H], shared with the draft."""
-        return self.model.get_input_embeddings().weight
+        return cast(nn.Embedding, self.model.get_input_embeddings()).weight
 
     @property
     def lm_head(self) -> Tensor:
         """LM head [V, H], shared with the draft."""
-        return self.model.get_output_embeddings().weight
+        return cast(nn.Linear, self.model.get_output_embeddings()).weight
 
     @property
     def device(self) -> torch.device:

@@ -110,7 +110,9 @@ class DraftTrainer:
     def _update_average(self) -> None:
         # Early on the average follows closely, so that it does not remember the initial weights.
         decay = min(self.config.ema, self.steps_done / (self.steps_done + 10))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.draft.parameters()), 1 - decay)
+        averaged: list[Tensor] = [*self.average.parameters()]
+        trained: list[Tensor] = [*self.draft.parameters()]
+        torch._foreach_lerp_(averaged, trained, 1 - decay)
 
     def _generator(self) -> torch.Generator:
         seed = hash((self.config.seed, self.sequences.rank, self.steps_done)) & 0x7FFFFFFF

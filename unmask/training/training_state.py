@@ -69,5 +69,3 @@ def _unflatten(tensors: dict[str, Tensor], trainer: DraftTrainer) -> dict[str, A
         "average": part("average."),
         "optimizer": {"state": moments, "param_groups": groups},
     }
-
-

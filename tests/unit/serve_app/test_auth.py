@@ -73,7 +73,9 @@ async def test_any_of_the_keys_is_accepted(guarded: httpx.AsyncClient, key: str)
     assert (await guarded.get("/v1/models", headers=bearer(key))).status_code == 200
 
 
-@pytest.mark.parametrize("key", ["", "key-a", "KEY-A", "key-A ", "key-AB", "key-", "schlüssel".encode().decode("latin-1")])
+@pytest.mark.parametrize(
+    "key", ["", "key-a", "KEY-A", "key-A ", "key-AB", "key-", "schlüssel".encode().decode("latin-1")]
+)
 async def test_other_keys_are_not(guarded: httpx.AsyncClient, key: str):
     response = await guarded.get("/v1/models", headers={"Authorization": f"Bearer x{key}".encode("latin-1")})
     assert response.status_code == 401

@@ -70,7 +70,14 @@ async def test_a_chat_stream_has_role_text_reason_usage_and_end(client: httpx.As
     seed=st.integers(0, 9),
 )
 async def test_a_stream_adds_up_to_the_answer(
-    client: httpx.AsyncClient, backend: ToyBackend, prompt: str, block: int, stop: Any, max_tokens: int, n: int, seed: int
+    client: httpx.AsyncClient,
+    backend: ToyBackend,
+    prompt: str,
+    block: int,
+    stop: Any,
+    max_tokens: int,
+    n: int,
+    seed: int,
 ):
     body = chat(prompt, stop=stop, max_tokens=max_tokens, n=n, seed=seed, temperature=1)
     whole = (await client.post("/v1/chat/completions", json=body)).json()
@@ -97,8 +104,13 @@ async def test_a_stop_string_ends_the_text_and_the_work(client: httpx.AsyncClien
 
 
 async def test_prompts_and_choices_are_numbered_in_the_apis_order(client: httpx.AsyncClient):
-    one = [(await client.post("/v1/completions", json={"prompt": p, "n": 2, "seed": 3, "max_tokens": 99})).json() for p in "ab"]
-    both = (await client.post("/v1/completions", json={"prompt": ["a", "b"], "n": 2, "seed": 3, "max_tokens": 99})).json()
+    one = [
+        (await client.post("/v1/completions", json={"prompt": p, "n": 2, "seed": 3, "max_tokens": 99})).json()
+        for p in "ab"
+    ]
+    both = (
+        await client.post("/v1/completions", json={"prompt": ["a", "b"], "n": 2, "seed": 3, "max_tokens": 99})
+    ).json()
     assert [c["index"] for c in both["choices"]] == [0, 1, 2, 3]
     assert [c["text"] for c in both["choices"]] == [c["text"] for answer in one for c in answer["choices"]]
     assert both["usage"]["prompt_tokens"] == 2, "a prompt counts once, whatever n is"
@@ -109,9 +121,12 @@ async def test_the_four_forms_of_a_prompt(client: httpx.AsyncClient, prompt: Any
     ids = (await client.post("/tokenize", json={"prompt": "ab"})).json()["tokens"]
     assert ids == [67, 68]
     response = await client.post("/v1/completions", json={"prompt": prompt, **GREEDY, "max_tokens": 99})
-    assert response.json()["choices"][0]["text"] == (
-        await client.post("/v1/completions", json={"prompt": "ab", **GREEDY, "max_tokens": 99})
-    ).json()["choices"][0]["text"]
+    assert (
+        response.json()["choices"][0]["text"]
+        == (await client.post("/v1/completions", json={"prompt": "ab", **GREEDY, "max_tokens": 99})).json()["choices"][
+            0
+        ]["text"]
+    )
 
 
 async def test_max_tokens_defaults(client: httpx.AsyncClient):
@@ -189,7 +204,9 @@ async def test_a_fault_in_one_choice_ends_the_others(client: httpx.AsyncClient, 
     assert (backend.active, service.admission.running) == (0, 0)
 
 
-async def test_the_deadline_is_a_504_and_ends_the_work(client: httpx.AsyncClient, backend: ToyBackend, service: Service):
+async def test_the_deadline_is_a_504_and_ends_the_work(
+    client: httpx.AsyncClient, backend: ToyBackend, service: Service
+):
     object.__setattr__(service, "deadline_s", 0.2)
     backend.gate.clear()
     for flag in (False, True):

@@ -71,7 +71,10 @@ async def post_chat(client: httpx.AsyncClient, **fields: Any) -> httpx.Response:
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"response_format": {"type": "yaml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"schema": []}}}, "response_format.json_schema.schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": []}}},
+            "response_format.json_schema.schema",
+        ),
     ],
 )
 async def test_a_bad_field_is_a_400_that_names_it(client: httpx.AsyncClient, fields: dict[str, Any], param: str):
@@ -82,14 +85,18 @@ async def test_a_bad_field_is_a_400_that_names_it(client: httpx.AsyncClient, fie
     assert error["type"] == "invalid_request_error"
 
 
-@pytest.mark.parametrize("prompt", [[], [[]], "", [""], {}, 7, [True], [1, "a"], ["a", 1], [[1], [None]], ["x"] * 33, [10**6]])
+@pytest.mark.parametrize(
+    "prompt", [[], [[]], "", [""], {}, 7, [True], [1, "a"], ["a", 1], [[1], [None]], ["x"] * 33, [10**6]]
+)
 async def test_bad_prompts(client: httpx.AsyncClient, prompt: Any):
     response = await client.post("/v1/completions", json={"prompt": prompt})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "prompt"
 
 
-@pytest.mark.parametrize("fields", [{"user": "x"}, {"store": True}, {"tools": []}, {"tool_choice": "none"}, {"n": None}, {"stop": None}])
+@pytest.mark.parametrize(
+    "fields", [{"user": "x"}, {"store": True}, {"tools": []}, {"tool_choice": "none"}, {"n": None}, {"stop": None}]
+)
 async def test_fields_that_ask_for_nothing_are_ignored(client: httpx.AsyncClient, fields: dict[str, Any]):
     assert (await post_chat(client, **fields)).status_code == 200
 
@@ -114,7 +121,12 @@ async def test_a_prompt_beyond_the_context_is_named(client: httpx.AsyncClient):
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/v1/chat/completions", 405), ("POST", "/v1/models", 405), ("GET", "/v2", 404), ("GET", "/v1/models/", 404)],
+    [
+        ("GET", "/v1/chat/completions", 405),
+        ("POST", "/v1/models", 405),
+        ("GET", "/v2", 404),
+        ("GET", "/v1/models/", 404),
+    ],
 )
 async def test_routing_errors_are_json_too(client: httpx.AsyncClient, method: str, path: str, status: int):
     response = await client.request(method, path)
@@ -166,7 +178,9 @@ def test_requests_become_sampling_options():
     assert (options.temperature, options.top_p, options.top_k, options.seed) == (0.0, 0.5, 0, 9)
     assert (options.stop_token_ids, options.presence_penalty, options.logprobs) == ((5,), 1.0, 2)
     assert json.loads(options.json_schema or "") == {"type": "object"}
-    assert sampling_options(ChatRequest.model_validate({"messages": USER}), max_tokens=7, logprobs=None).temperature == 1
+    assert (
+        sampling_options(ChatRequest.model_validate({"messages": USER}), max_tokens=7, logprobs=None).temperature == 1
+    )
 
 
 JSON_VALUES = st.recursive(
@@ -180,7 +194,8 @@ JSON_VALUES = st.recursive(
 @given(
     st.sampled_from([ChatRequest, CompletionRequest]),
     st.dictionaries(
-        st.sampled_from([*ChatRequest.model_fields, *CompletionRequest.model_fields, "tools", "min_p", "steps"]), JSON_VALUES
+        st.sampled_from([*ChatRequest.model_fields, *CompletionRequest.model_fields, "tools", "min_p", "steps"]),
+        JSON_VALUES,
     ),
 )
 def test_no_body_makes_validation_fall_over(model: type[ChatRequest | CompletionRequest], body: dict[str, Any]):

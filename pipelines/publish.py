@@ -1,0 +1,80 @@
+"""A draft to an immutable version: `python -m pipelines.publish recipe.yaml [section.field=value ...]`.
+
+The version is a digest of weights and target record: what is published is never changed, and publishing the same
+draft twice gives the same directory.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.cli import Invocation, run_pipeline
+from unmask.checkpoints import WEIGHTS, check_pairing, load_draft, read_config, save_draft
+from unmask.config import Recipe
+from unmask.errors import CheckpointError
+from unmask.files import sha256_file, verify_directory
+from unmask.model_card import model_card
+from unmask.provenance import PROVENANCE, RUN_YAML
+from unmask.recipe import digest
+from unmask.targets import describe_target, resolve_target
+from unmask.types import TargetRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishReport:
+    """A published draft."""
+
+    version: str
+    path: str
+
+
+def publish(recipe: Recipe, run_dir: Path) -> PublishReport:
+    """Publish a draft under `<directory>/<name>-<version>`.
+
+    Raises:
+        PairingError: the draft's records do not fit the target.
+        CheckpointError: a damaged draft, or a published directory that has been tampered with.
+    """
+    config = recipe.publish
+    source = Path(config.draft) if config.draft else run_dir / "draft" / "final"
+    target = describe_target(resolve_target(recipe.target.model, recipe.target.revision))
+    _check(source, target, adopt=config.adopt)
+    version = digest(_weights_digest(source), target)[:12]
+    path = Path(config.directory or run_dir / "published") / f"{config.name}-{version}"
+    if path.exists():
+        if not verify_directory(path):
+            raise CheckpointError(f"'{path}' has been changed since it was published; remove it and publish again")
+        return PublishReport(version=version, path=str(path))
+    draft = load_draft(source)
+    evaluation = run_dir / "evaluation" / "evaluation.json"
+    sets = json.loads(evaluation.read_text())["sets"] if evaluation.is_file() and not config.draft else {}
+    card = model_card(path.name, recipe.target.model, config.license, draft.config, target, sets)
+    records = {n: (source / n).read_text() for n in (RUN_YAML, PROVENANCE) if (source / n).is_file()}
+    save_draft(draft, path, target, texts={"README.md": card, **records})
+    return PublishReport(version=version, path=str(path))
+
+
+def _check(source: Path, target: TargetRecord, *, adopt: bool) -> None:
+    _, record = read_config(source)
+    if record is not None or not adopt:
+        check_pairing(source, target)
+
+
+def _weights_digest(source: Path) -> str:
+    files = sorted(source.glob("*.safetensors")) or [source / WEIGHTS]
+    if not files[0].is_file():
+        raise CheckpointError(f"'{source}' holds no safetensors weights")
+    return digest([sha256_file(file) for file in files])
+
+
+def main(invocation: Invocation) -> str:
+    """Run the stage; the last line to print."""
+    report = publish(invocation.recipe, Path(invocation.recipe.run_dir))
+    return f"published version {report.version} in {report.path}"
+
+
+if __name__ == "__main__":
+    sys.exit(run_pipeline(main, description=(__doc__ or "").splitlines()[0]))

@@ -1,0 +1,17 @@
+#!/bin/sh
+# Make or reuse the virtual environment ($1) and install the locked packages; an unchanged lock installs nothing.
+set -eu
+venv=$1
+here=$(cd "$(dirname "$0")" && pwd)
+stamp="$venv/.installed"
+wanted=$(cat "$here/cpu.lock" "$here/torch-cpu.lock" "$here/../pyproject.toml" | sha256sum)
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
+
+[ -x "$venv/bin/python" ] || "${PYTHON:-python3.11}" -m venv "$venv"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+# The CPU wheel that pip already finds, else the one of PyTorch's CPU index; never the multi-gigabyte CUDA build.
+pip install --no-deps --require-hashes -r "$here/torch-cpu.lock" ||
+    pip install --no-deps --require-hashes --index-url https://download.pytorch.org/whl/cpu -r "$here/torch-cpu.lock"
+pip install --no-deps --require-hashes -r "$here/cpu.lock"
+pip install --no-deps --no-build-isolation --quiet --editable "$here/.."
+printf '%s\n' "$wanted" > "$stamp"

@@ -1,0 +1,85 @@
+"""A private Ray with the service on it: the embedded target in vLLM, and a random draft."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+K = 5
+
+
+@pytest.fixture(scope="session")
+def draft_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random draft of the embedded target: nearly nothing that it proposes is accepted."""
+    from unmask.checkpoints import save_draft
+    from unmask.config import EMBEDDED_TARGET
+    from unmask.models.dflash import DFlashConfig, DFlashDraft, spread_layer_ids
+    from unmask.targets import describe_target, resolve_target
+
+    config = DFlashConfig(
+        hidden_size=576,
+        intermediate_size=768,
+        num_hidden_layers=1,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        vocab_size=49152,
+        max_position_embeddings=2048,
+        block_size=K + 1,
+        mask_token_id=16,
+        num_target_layers=30,
+        target_layer_ids=spread_layer_ids(30, 3),
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+    )
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("d") / "draft"
+    save_draft(DFlashDraft(config), path, describe_target(resolve_target(EMBEDDED_TARGET)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    # Other work on this machine may fill its memory; that shall not end replicas under test.
+    os.environ["RAY_memory_monitor_refresh_ms"] = "0"
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def service(ray_cluster: None, draft_dir: Path):
+    from serve_app.handle import serve_pairing
+    from unmask.config import GenerateConfig, Recipe, ServeConfig, TargetConfig
+
+    handle = serve_pairing(
+        Recipe(
+            target=TargetConfig(max_model_len=256),
+            generate=GenerateConfig(max_new_tokens=64),
+            serve=ServeConfig(port=0, draft=str(draft_dir), dtype="float32", max_num_seqs=4, max_queued=4),
+        )
+    )
+    yield handle
+    handle.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(service) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=service.url, timeout=120) as client:
+        yield client

@@ -1,0 +1,67 @@
+"""Every recipe in the tree is runnable, and every mistake is one line that names the field."""
+
+from pathlib import Path
+
+import pytest
+
+from unmask.config import published
+from unmask.errors import ConfigError
+from unmask.recipe import digest, load_recipe, parse_recipe, to_tree
+
+RECIPES = sorted(Path("recipes").glob("*.yaml"))
+
+
+def test_there_are_recipes():
+    assert RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_recipe_is_valid_and_comes_back_from_its_own_tree(path):
+    recipe = load_recipe(path)
+    assert parse_recipe(to_tree(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["distil.max_steps=3"], "did you mean 'distill'"),
+        (["distill.max_second=3"], "distill.max_second: unknown key (did you mean 'max_seconds'?)"),
+        (["evaluate.new_items.fild=x"], "evaluate.new_items.fild: unknown key (did you mean 'field'?)"),
+        (["distill.max_seconds=-5"], "distill.max_seconds: must be positive"),
+        (["serve.num_speculative_tokens=8"], "serve.num_speculative_tokens: K = 8 exceeds block size - 1 = 7"),
+        (["generate.samples_per_prompt=2"], "generate.samples_per_prompt"),
+        (["generate.max_new_tokens=256"], "generate.max_new_tokens: must leave room"),
+        (["generate.top_k=many"], "generate.top_k"),
+        (["distill.max_seconds=null"], "the run has no end"),
+        (["distill"], "must look like section.field=value"),
+        (["run_dir.x=1"], "is a value, not a section"),
+    ],
+)
+def test_mistakes_name_the_field_and_the_remedy(overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("recipes/demo.yaml", overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_recipes(tmp_path):
+    with pytest.raises(ConfigError, match=r"no recipe at"):
+        load_recipe(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_recipe(broken)
+    broken.write_text("- 1")
+    with pytest.raises(ConfigError, match="mapping"):
+        load_recipe(broken)
+
+
+def test_digests_tell_configurations_apart():
+    first, second = load_recipe("recipes/demo.yaml"), load_recipe("recipes/demo.yaml", ["generate.seed=1"])
+    assert digest(first) == digest(load_recipe("recipes/demo.yaml"))
+    assert digest(first.generate) != digest(second.generate)
+    assert digest(first.distill) == digest(second.distill)
+
+
+def test_the_papers_recipe_is_valid():
+    assert published().anchors_per_sequence == 512

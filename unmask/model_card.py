@@ -1,0 +1,82 @@
+"""The model card of a published draft: what it is for, how it was measured, how to serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from unmask.models.dflash import DFlashConfig
+from unmask.types import TargetRecord
+
+_CARD = """---
+{front}---
+
+# {name}
+
+A DFlash block-diffusion draft (arXiv 2602.06036) for `{base}`: {layers} layers, block size {block_size}. It
+proposes up to {k} tokens at a time; the target verifies them, so the text is distributed as the target's own.
+
+## Evaluation
+
+{table}
+
+Acceptance length is 1 + accepted drafts / verifications (the bonus token included), greedy, float32, batch 1. The
+n-gram column fills the same number of drafts from the prompt, else from n-grams of the training responses.
+
+## Use
+
+    unmask serve recipe.yaml serve.draft=DIRECTORY
+    vllm serve {base} --speculative-config '{{"method": "dflash", "model": "DIRECTORY", "num_speculative_tokens": {k}}}'
+
+## Target
+
+It is refused beside any other target than this one:
+
+{record}
+"""
+
+
+def model_card(
+    name: str,
+    base: str,
+    license_name: str,
+    config: DFlashConfig,
+    target: TargetRecord,
+    sets: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """Markdown with the front matter that hubs read.
+
+    Args:
+        sets: summaries of an evaluation by name of the prompt set; empty if the draft was not evaluated.
+    """
+    front = {
+        "base_model": base,
+        "license": license_name,
+        "library_name": "unmask",
+        "tags": ["dflash", "speculative-decoding", "block-diffusion"],
+    }
+    return _CARD.format(
+        front=yaml.safe_dump(front, sort_keys=False),
+        name=name,
+        base=base,
+        layers=config.num_hidden_layers,
+        block_size=config.block_size,
+        k=config.block_size - 1,
+        table=_table(sets),
+        record="\n".join(f"    {field}: {getattr(target, field)}" for field in target.__slots__),
+    )
+
+
+def _table(sets: Mapping[str, Mapping[str, Any]]) -> str:
+    if not sets:
+        return "Not evaluated."
+    lines = ["| prompts | acceptance length | 95 % interval | n-grams | identical text |", "|---|---|---|---|---|"]
+    for name, s in sets.items():
+        low, high = s["interval95"]
+        lines.append(
+            f"| {name} | {s['acceptance_length']:.2f} | {low:.2f} to {high:.2f} "
+            f"| {s['acceptance_length_ngram']:.2f} | {s['identical']}/{s['prompts']} |"
+        )
+    return "\n".join(lines)
