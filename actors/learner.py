@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import ray.train
@@ -20,7 +21,6 @@ from unmask.models.draft_start import new_draft
 from unmask.models.target import TargetModel
 from unmask.provenance import PROVENANCE, RUN_YAML
 from unmask.recipe import parse_recipe
-from unmask.trajectories import read_tables
 from unmask.training.budget import Budget
 from unmask.training.draft_trainer import DraftingForward, DraftTrainer
 from unmask.training.feature_cache import FeatureCache
@@ -28,6 +28,7 @@ from unmask.training.head import TrainingHead
 from unmask.training.sequences import SequenceSet, TokenSequence
 from unmask.training.training_log import TrainingLog
 from unmask.training.training_state import resume_state, save_state
+from unmask.trajectories import read_tables
 from unmask.types import TargetRecord
 
 CHECKPOINTS, FINAL, SUMMARY = "checkpoints", "final", "summary.json"
@@ -103,26 +104,33 @@ class Learner:
         )
 
     def _train(self, log: TrainingLog | None) -> dict[str, float]:
-        """Steps until the budget is spent; the metrics of the last one."""
-        metrics: dict[str, float] = {}
+        """Steps until the budget is spent; the last record (empty if there was nothing left to do)."""
+        window: list[dict[str, float]] = []
+        last: dict[str, float] = {}
         saved_at = time.monotonic()
         while (progress := self._progress()) < 1.0:
             start = time.monotonic()
-            metrics = self.trainer.step(progress)
+            window.append(self.trainer.step(progress))
             self.budget.seconds_used += time.monotonic() - start
-            if self.first_loss is None:
-                self.first_loss = metrics["loss"]
-            if log is None:
-                continue
             if self.trainer.steps_done % self.config.log_every_steps == 0:
-                log.record(self.trainer.steps_done, metrics | {"seconds": self.budget.seconds_used})
-            if time.monotonic() - saved_at >= self.config.checkpoint_every_s:
+                last, window = self._record(log, window), []
+            if log is not None and time.monotonic() - saved_at >= self.config.checkpoint_every_s:
                 self._save_checkpoint()
                 saved_at = time.monotonic()
-        if log is not None and metrics:
-            log.record(self.trainer.steps_done, metrics | {"seconds": self.budget.seconds_used})
+        if window:
+            last = self._record(log, window)
+        if log is not None:
             self._save_checkpoint()
-        return metrics
+        return last
+
+    def _record(self, log: TrainingLog | None, window: list[dict[str, float]]) -> dict[str, float]:
+        """Means over the steps since the last record: single steps of a few blocks are too noisy to read."""
+        means = {name: fmean(metrics[name] for metrics in window) for name in window[0]}
+        if self.first_loss is None:
+            self.first_loss = means["loss"]
+        if log is not None:
+            log.record(self.trainer.steps_done, means | {"seconds": self.budget.seconds_used})
+        return means
 
     def _progress(self) -> float:
         """Rank 0's clock decides for all, so that every rank takes the same number of steps at the same rates."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import pkgutil
 import runpy
@@ -55,9 +56,10 @@ def run_pipeline(
         The exit code (see `DONE` and its neighbours).
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request
     try:
         arguments = _parser(description).parse_intermixed_args(argv)
-        recipe = load_recipe(arguments.recipe, arguments.override)
+        recipe = with_absolute_run_dir(load_recipe(arguments.recipe, arguments.override))
         if arguments.plan:
             sys.stdout.write(yaml.safe_dump(to_tree(recipe), sort_keys=False) + plan(recipe))
             return DONE
@@ -81,6 +83,20 @@ def main() -> None:
         sys.exit(_fail(USER_ERROR, usage))
     sys.argv[1:] = sys.argv[2:]
     runpy.run_module(f"pipelines.{stage}", run_name="__main__", alter_sys=True)
+
+
+def with_absolute_run_dir(recipe: Recipe) -> Recipe:
+    """The recipe with `run_dir` made absolute, since workers run in other folders than this process.
+
+    A submitted job runs in a copy of the working directory that goes when the job ends, so a relative run directory
+    is taken from the home of the node's user there.
+    """
+    copied = "runtime_resources" in Path.cwd().parts
+    base = Path.home() if copied else Path.cwd()
+    run_dir = base / Path(recipe.run_dir).expanduser()
+    if copied:
+        logging.getLogger(__name__).info("run_dir is %s", run_dir)
+    return dataclasses.replace(recipe, run_dir=str(run_dir))
 
 
 class _Parser(argparse.ArgumentParser):

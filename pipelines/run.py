@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from actors.cluster import connect
+from engines.engine_options import check_engine_options
 from pipelines.cli import Invocation, run_pipeline
 from unmask.config import Recipe
 from unmask.files import write_json
+from unmask.prompt_rows import check_source
 from unmask.recipe import digest
 
 logger = logging.getLogger(__name__)
@@ -73,11 +75,14 @@ def run(recipe: Recipe, run_dir: Path, *, fresh: bool = False) -> dict[str, Any]
     """
     from pipelines.distill import distill
     from pipelines.evaluate import evaluate
-    from pipelines.gate import check, gate
+    from pipelines.gate import GateReport, check, gate
     from pipelines.generate import generate
     from pipelines.publish import publish
 
     start = time.monotonic()
+    for prompts in (recipe.prompts, recipe.evaluate.new_items, recipe.evaluate.new_templates):
+        check_source(prompts)
+    check_engine_options(recipe.target.engine)
     if fresh:
         for record in (run_dir / "stages").glob("*.json"):
             record.unlink()
@@ -92,8 +97,6 @@ def run(recipe: Recipe, run_dir: Path, *, fresh: bool = False) -> dict[str, Any]
     stages["gate"] = line.stage("gate", lambda again: gate(recipe, run_dir, Path(stages["publish"]["path"])))
     report = summary(stages) | {"seconds": time.monotonic() - start}
     write_json(run_dir / "report.json", report)
-    from pipelines.gate import GateReport
-
     check(GateReport(**stages["gate"]))
     return report
 

@@ -48,7 +48,7 @@ def draft_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["RAY_AUTH_MODE"] = "disabled"
     # Other work on this machine may fill its memory; that shall not end replicas under test.
-    os.environ["RAY_memory_monitor_refresh_ms"] = "0"
+    os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112 - Ray spells it so
     import ray
 
     ray.init(

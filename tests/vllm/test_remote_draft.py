@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ SECRET = b"not for production: 0123456789ab"
 TEXT = (
     "The history of the lighthouse begins with fires on hilltops. As ports grew, towers were raised so that the "
     "light could be seen from farther away, and keepers were paid to tend it through the night. "
-) * 5
+) * 8
 PROMPT_LENGTHS = (MAX_MODEL_LEN - NUM_TOKENS - 1, 3, 17, 40, 75, 90)
 """All different: they tell requests apart. The long ones are cut into chunks, the first ends at the length limit."""
 
@@ -57,9 +58,9 @@ class Remote:
         self.servers.append(server)
         server.start()
         write_link(self.directory, server.address)
-        version = server.stats().draft_version
         while not server.stats().connections:
-            assert self.link.wait_until_ready(20), version
+            time.sleep(0.02)
+        assert self.link.wait_until_ready(20)
 
 
 def write_link(directory: Path, address: str | None) -> None:
@@ -188,10 +189,24 @@ class LookupDraft:
         else:
             self.num_accepted.append(anchor - start - 1)
         text = self.of_request[request]
+        if anchor >= len(text):
+            # Drafts were accepted beyond the token limit; the scheduler cuts them off after this step.
+            return np.zeros(k, dtype=np.int64), 0
         assert text[anchor] == last_token
         right = np.array((text[anchor + 1 : anchor + 1 + k] + [0] * k)[:k])
         wrong = np.arange(k) >= anchor % (k + 1)
         return np.where(wrong, (right + 1) % 49152, right), k
+
+
+def test_preempted_requests_start_over(target: Path, new_server, prompts, plain_texts, tmp_path: Path) -> None:
+    lookup = LookupDraft([p + t for p, t in zip(prompts[1:], plain_texts[1:], strict=True)])
+    with remote_engine(target, tmp_path, block_size=32, num_gpu_blocks_override=12) as small:
+        server = new_server()
+        server._engine.step = lookup.step
+        small.use(server)
+        assert greedy(small.llm, prompts[1:], NUM_TOKENS) == plain_texts[1:]
+        assert small.link.status["failures"] == 0
+    assert lookup.num_restarts > 0
 
 
 def test_every_block_equals_native_dflash(
@@ -220,6 +235,7 @@ def test_shipped_features_equal_transformers(
     assert greedy(remote.llm, prompts, NUM_TOKENS) == plain_texts
     assert set(lookup.num_accepted) == set(range(K + 1))
     assert lookup.num_restarts == 0
+    assert remote.link.status["failures"] == 0
 
     projection = Projection.of(load_draft(draft_dir))
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
@@ -228,8 +244,8 @@ def test_shipped_features_equal_transformers(
         with torch.no_grad():
             states = model(torch.tensor([text]), output_hidden_states=True).hidden_states
         expected = projection(torch.cat([states[layer + 1][0] for layer in LAYER_IDS], dim=-1))
-        shipped = torch.stack(lookup.rows[request])
-        assert len(shipped) > len(text) - NUM_TOKENS
+        shipped = torch.stack(lookup.rows[request])[: len(text)]
+        assert len(shipped) >= len(text) - K - 1
         error = (shipped - expected[: len(shipped)]).norm(dim=-1) / expected[: len(shipped)].norm(dim=-1)
         assert error.max() < 1e-4
 
@@ -254,17 +270,3 @@ def test_a_draft_that_is_gone_changes_no_token(remote: Remote, new_server, promp
     proposals = remote.link.status["proposals"]
     assert greedy(remote.llm, prompts[:2], 4) == [text[:4] for text in plain_texts[:2]]
     assert remote.link.status["proposals"] > proposals
-
-
-def test_preempted_requests_start_over(
-    target: Path, remote: Remote, new_server, prompts, plain_texts, tmp_path
-) -> None:
-    remote.link.close()
-    texts = [p + t for p, t in zip(prompts[1:], plain_texts[1:], strict=True)]
-    lookup = LookupDraft(texts)
-    with remote_engine(target, tmp_path, num_gpu_blocks_override=12) as small:
-        server = new_server()
-        server._engine.step = lookup.step
-        small.use(server)
-        assert greedy(small.llm, prompts[1:], NUM_TOKENS) == plain_texts[1:]
-    assert lookup.num_restarts > 0

@@ -78,7 +78,7 @@ def engine(target: Path, **options: Any) -> Iterator[Any]:
         llm.llm_engine.engine_core.shutdown()
         del llm
         cleanup_dist_env_and_memory()
-        del os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
+        os.environ.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
 
 
 def runner_of(llm: Any) -> Any:

@@ -32,12 +32,12 @@ def test_any_tokens_add_up_to_the_decoding_of_all(ids: list[int]):
 
 
 def test_an_incomplete_character_is_held_back_and_given_out_broken_at_the_end():
-    ids = TOKENIZER.encode("a🎉", add_special_tokens=False).ids
+    ids = TOKENIZER.encode("a\U0001f389", add_special_tokens=False).ids
     assert pieces(ids[:-1]) == ["a", "", "", "", "\ufffd"]
 
 
 def test_leading_spaces_survive_where_decoders_strip_the_first_one():
-    words = ["▁one", "▁two", "▁three"]
+    words = ["\u2581one", "\u2581two", "\u2581three"]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[0]))
     tokenizer.decoder = decoders.Metaspace()
     assert tokenizer.decode([1]) == "two"
