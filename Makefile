@@ -4,8 +4,7 @@
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
-TESTS ?= tests/unit tests/vllm tests/ray tests/serve
-# One thread a process: the tests run several processes on few cores.
+SYSTEM_TESTS ?= tests/learning tests/vllm tests/ray tests/serve
 QUIET := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: setup demo test unit lint gpu-test clean
@@ -23,10 +22,11 @@ lint: setup
 	$(VENV)/bin/lint-imports
 
 unit: setup
-	$(QUIET) $(PY) -m pytest -q tests/unit
+	$(QUIET) OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto tests/unit
 
-test: lint
-	$(QUIET) $(PY) -m pytest -q -m "not gpu" $(TESTS)
+# One after another: each of these already fills the machine with processes of its own.
+test: lint unit
+	$(QUIET) $(PY) -m pytest -q -m "not gpu" $(SYSTEM_TESTS)
 
 gpu-test:
 	$(PY) -m pytest -q -m gpu tests/gpu

@@ -30,7 +30,8 @@ def run_shards(
     """Finish shards on a pool of `actors.generator.Generator`; yield the summary of each, as they finish.
 
     A task whose actor died is retried without end on another actor; the actors themselves count attempts and
-    quarantine a row that keeps killing its engine.
+    quarantine a row that keeps killing its engine. Half an hour without a finished task (Ray Data's
+    `RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S`) is a fault.
 
     Args:
         directory: the run's `trajectories` folder, with staged prompts.
@@ -71,7 +72,7 @@ def run_shards(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         yield from dataset.iter_rows()
-    except ray.exceptions.RayError as error:
+    except (ray.exceptions.RayError, ray.data.exceptions.ExecutionTimeoutError) as error:
         raise explain(error) from error
 
 

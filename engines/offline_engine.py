@@ -114,12 +114,11 @@ class OfflineEngine:
 
     def _add(self, name: str, request: _Request) -> None:
         prompt = {"type": "token", "prompt_token_ids": list(request.prompt_ids)}
+        self._running[name] = request.future
         try:
             self._engine.add_request(name, prompt, _sampling_params(request.options))
-        except ValueError as error:
-            request.future.set_exception(PromptError(f"the engine refuses the prompt: {error}"))
-        else:
-            self._running[name] = request.future
+        except _refusals() as error:
+            self._running.pop(name).set_exception(PromptError(f"the engine refuses the prompt: {error}"))
 
     def _fail_rest(self, loop: Future[None]) -> None:
         """The loop has ended: nothing that is queued or running will be answered any more."""
@@ -141,8 +140,15 @@ def _build(arguments: dict[str, Any]) -> Any:
 
     try:
         return LLMEngine.from_engine_args(EngineArgs(**arguments))
-    except (ValueError, TypeError) as error:
+    except (*_refusals(), TypeError) as error:
         raise ConfigError(f"vLLM refuses the engine options: {error}", field="target.engine") from error
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What vLLM raises where the caller is at fault; only newer versions have a class of their own for it."""
+    import vllm.exceptions
+
+    return ValueError, getattr(vllm.exceptions, "VLLMClientError", ValueError)
 
 
 def _sampling_params(options: SamplingOptions) -> Any:

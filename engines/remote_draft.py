@@ -21,6 +21,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from engines.cpu_sampling import repair_cpu_sampling
 from engines.draft_arguments import AUX_LAYERS_KEY, LINK_FILE_VARIABLE
 from engines.feature_rows import feature_rows
 from engines.versions import require_tested_vllm
@@ -169,6 +170,7 @@ def install_hooks() -> None:
     _wrap("_setup_eagle3_aux_hidden_state_outputs", _set_up)
     _wrap("_input_fits_in_drafter", _fits)
     _wrap("propose_draft_token_ids", _propose)
+    repair_cpu_sampling()
     GPUModelRunner._unmask_hooks = True
 
 

@@ -52,6 +52,8 @@ def target_arguments(
     if not on_gpu and _world_size(arguments) == 1:
         # By name, vLLM's CPU platform would put the one worker into a process of its own: a second import of vLLM.
         arguments.setdefault("distributed_executor_backend", _IN_CORE_PROCESS)
+    if draft is not None:
+        arguments.setdefault("per_request_spec_decode_metrics", "summary")
     return with_remote_draft(arguments, draft) if draft else arguments
 
 
@@ -128,9 +130,12 @@ class TargetEngine:
             params = sampling_params(options, RequestOutputKind.DELTA)
             prompt = TokensPrompt(prompt_token_ids=list(prompt_ids))
             generator = cast("AsyncGenerator[RequestOutput]", self._engine.generate(prompt, params, request_id))
+            emitted = 0
             async with aclosing(generator) as outputs:
                 async for output in outputs:
-                    yield _delta(output.outputs[0])
+                    completion = output.outputs[0]
+                    emitted += len(completion.token_ids)
+                    yield _delta(completion, emitted)
         except (VLLMClientError, ValueError) as error:
             raise PromptError(f"the engine refuses the request: {error}") from error
         except EngineDeadError as error:
@@ -179,7 +184,8 @@ def _world_size(arguments: Mapping[str, Any]) -> int:
     return arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
 
 
-def _delta(output: Any) -> TokenDelta:
+def _delta(output: Any, emitted: int) -> TokenDelta:
+    """vLLM's delta in our words; `emitted` counts the response's tokens, this delta's included."""
     reason = output.finish_reason
     if reason is not None and reason not in _FINISH_REASONS:
         reason = "error"
@@ -187,4 +193,15 @@ def _delta(output: Any) -> TokenDelta:
         token_ids=list(output.token_ids),
         finish_reason=cast("FinishReason | None", reason),
         logprobs=plain_logprobs(output.logprobs),
+        num_forwards=_num_forwards(output, emitted) if reason is not None else None,
     )
+
+
+def _num_forwards(output: Any, emitted: int) -> int:
+    """Each forward emits one token of the target's own and the drafted ones that it accepts."""
+    verified = output.spec_decode_metrics
+    if verified is None:
+        return emitted
+    accepted = sum(count * times for count, times in enumerate(verified.histogram))
+    # The last block may have been accepted beyond the end of the response.
+    return max(emitted - accepted, sum(verified.histogram), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from types import TracebackType
 
@@ -27,8 +28,9 @@ class GenerationProgress:
         self.new_rows = 0
         self.new_tokens = 0
         self._every_s = every_s
-        self._start = self._last = time.monotonic()
+        self._start = time.monotonic()
         self._bar: Progress | None = None
+        self._ended = threading.Event()
 
     def __enter__(self) -> GenerationProgress:
         if sys.stderr.isatty():
@@ -36,11 +38,14 @@ class GenerationProgress:
             self._bar = Progress(TextColumn("generate"), *columns)
             self._task = self._bar.add_task("", total=self.total_rows, completed=self.done_rows, rates="")
             self._bar.start()
+        else:
+            threading.Thread(target=self._log_until_ended, name="progress", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
         if self._bar:
             self._bar.stop()
         else:
@@ -62,11 +67,13 @@ class GenerationProgress:
         self.new_tokens += tokens
         if self._bar:
             self._bar.update(self._task, advance=rows, rates=self._rates())
-        elif time.monotonic() - self._last >= self._every_s:
+
+    def _log_until_ended(self) -> None:
+        """Also while no shard finishes: silence would look like a hang."""
+        while not self._ended.wait(self._every_s):
             self._log()
 
     def _log(self) -> None:
-        self._last = time.monotonic()
         done = self.done_rows + self.new_rows
         logger.info("generate: %d/%d rows, %s, %s left", done, self.total_rows, self._rates(), self._left())
 

@@ -1,4 +1,4 @@
-"""Serve a target, with its draft if `serve.draft` names one: `python -m pipelines.serve recipe.yaml serve.draft=DIR`."""
+"""Serve a target, and its draft if there is one: `python -m pipelines.serve recipe.yaml serve.draft=DIRECTORY`."""
 
 from __future__ import annotations
 

@@ -130,7 +130,8 @@ class DecodeState:
 
     def has_stop(self, start: int, stop: int) -> bool:
         """Whether a stop id has been committed in [start, stop)."""
-        return bool(np.isin(self.tokens[start:stop], self.stop_ids).any())
+        segment = self.tokens[start:stop]
+        return any((segment == token).any() for token in self.stop_ids)
 
     def record(self, start: int, tokens: np.ndarray) -> None:
         """Take over the tokens that one forward left in the columns from `start` on."""

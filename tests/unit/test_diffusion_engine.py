@@ -14,10 +14,13 @@ from unmask.decoding.batch import Window
 from unmask.decoding.decoder import Decoder
 from unmask.decoding.engine import DiffusionEngine, EngineConfig, EngineFull
 from unmask.decoding.generate import generate
-from unmask.decoding.grouping import Limits, Work, group
+from unmask.decoding.grouping import Limits, group
 from unmask.decoding.registry import build_decoder
 from unmask.decoding.request import Completion, DecodeRequest
+from unmask.decoding.slots import Slots
+from unmask.decoding.work import Work, assemble, shape_of
 from unmask.errors import ConfigError, PromptError
+from unmask.types import SamplingOptions
 
 BIDIRECTIONAL = {family: tiny(family) for family in ("llada", "dream")}
 BLOCK_CAUSAL = tiny("adapted", attention="block_causal", block_size=2)
@@ -99,6 +102,19 @@ def test_a_row_is_the_same_in_any_company(name: str, arrived: list[tuple[int, in
     ]
     done = drain(engine(), [(step, asked, DECODERS[name]) for step, asked in requests])
     assert done == {asked.request_id: alone(name, asked) for _, asked in requests}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_an_eos_in_the_prompt_stops_nothing(name: str) -> None:
+    asked = [
+        DecodeRequest(request_id=str(seed), prompt_ids=(EOS, seed, EOS), options=SamplingOptions(max_tokens=9))
+        for seed in range(6)
+    ]
+    completions = list(engine().run(asked, DECODERS[name]))
+    assert any(completion.finish_reason == "length" for completion in completions)
+    for completion in completions:
+        assert (completion.finish_reason == "stop") == (EOS in completion.response_ids)
+        assert completion.finish_reason == "stop" or len(completion.response_ids) == 9
 
 
 def test_decoders_run_side_by_side() -> None:
@@ -238,34 +254,49 @@ def work(name: str, width: int, open_width: int = 4) -> Work:
     return Work(DECODERS[name], state, Window(start=0, stop=width, open_start=0, open_stop=open_width, visible=width))
 
 
-LIMITS = Limits(fed_columns=1000, logits_bytes=1 << 30, multiple=8, rows_power_of_two=False)
-
-
-def widths(groups: list[Any]) -> list[list[int]]:
-    return [[item.window.width for item in members] for members, _ in groups]
+def limits(**changes: Any) -> Limits:
+    wide = {"capacity": 64, "fed_columns": 10**6, "logits_bytes": 1 << 30, "multiple": 8, "rows_power_of_two": False}
+    return Limits(**{**wide, **changes})
 
 
 def test_rows_of_similar_width_share_a_forward() -> None:
     items = [work("dual", width) for width in (4, 60, 6, 33, 50, 4)]
-    groups = group(items, LIMITS, capacity=64)
-    assert widths(groups) == [[60, 50, 33], [6, 4, 4]]
-    assert [(shape.num_rows, shape.width, shape.num_keys) for _, shape in groups] == [(3, 64, 64), (3, 8, 8)]
+    groups = group(items, limits())
+    assert [[item.window.width for item in members] for members in groups] == [[60, 50, 33], [6, 4, 4]]
+    shapes = [limits().shape_of(members) for members in groups]
+    assert [(shape.num_rows, shape.width, shape.num_keys) for shape in shapes] == [(3, 64, 64), (3, 8, 8)]
 
 
 def test_decoders_never_share_a_forward() -> None:
-    groups = group([work("dual", 8), work("d2f", 8), work("dual", 8)], LIMITS, capacity=64)
-    assert sorted(len(members) for members, _ in groups) == [1, 2]
+    groups = group([work("dual", 8), work("d2f", 8), work("dual", 8)], limits())
+    assert sorted(len(members) for members in groups) == [1, 2]
 
 
 def test_forwards_stay_within_their_limits() -> None:
     items = [work("dual", 50) for _ in range(9)]
-    tight = Limits(fed_columns=3 * 56, logits_bytes=1 << 30, multiple=8, rows_power_of_two=False)
-    assert [len(members) for members, _ in group(items, tight, capacity=64)] == [3, 3, 3]
-    few_logits = Limits(fed_columns=10**6, logits_bytes=2 * 6 * 41 * 4, multiple=8, rows_power_of_two=False)
-    assert [len(members) for members, _ in group(items, few_logits, capacity=64)] == [2, 2, 2, 2, 1]
+    few_columns = limits(fed_columns=3 * 56)
+    assert [len(members) for members in group(items, few_columns)] == [3, 3, 3]
+    few_logits = limits(logits_bytes=2 * 6 * 41 * 4)
+    assert [len(members) for members in group(items, few_logits)] == [2, 2, 2, 2, 1]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_padding_rows_and_columns_change_nothing(name: str) -> None:
+    used = DECODERS[name]
+    asked = [request(3 + seed, 12, seed=seed) for seed in range(3)]
+    tokens = []
+    for padded in (False, True):
+        slots = Slots(used.cached_models, num_rows=3, capacity=40)
+        members = [Work.of(used, used.admit(one, slot)) for slot, one in enumerate(asked)]
+        shape = shape_of(members, 40, multiple=32 if padded else 1, rows_power_of_two=padded)
+        with torch.inference_mode():
+            stepped = used.step(assemble(members, shape, slots).unpack(), slots.caches)
+        widths = [item.window.open_stop - item.window.open_start for item in members]
+        tokens.append([row[:width].tolist() for row, width in zip(stepped, widths, strict=False)])
+        assert len(stepped) == (4 if padded else 3)
+    assert tokens[0] == tokens[1]
 
 
 def test_static_shapes_round_rows_up() -> None:
-    rounding = Limits(fed_columns=10**6, logits_bytes=1 << 30, multiple=16, rows_power_of_two=True)
-    ((_, shape),) = group([work("d2f", 17, open_width=5) for _ in range(5)], rounding, capacity=64)
+    shape = limits(multiple=16, rows_power_of_two=True).shape_of([work("d2f", 17, open_width=5) for _ in range(5)])
     assert (shape.num_rows, shape.width, shape.open_width, shape.num_keys) == (8, 32, 8, 32)

@@ -149,6 +149,14 @@ def test_the_lm_head_runs_only_where_logits_are_wanted(monkeypatch: pytest.Monke
     assert seen == [(2, 2, 32)]
 
 
+def test_casting_a_network_leaves_its_positions_exact() -> None:
+    network = tiny("llada")
+    positions = torch.tensor([[0, 1, 200]])
+    before = network.model.rotary(positions, torch.float32)
+    after = network.bfloat16().model.rotary(positions, torch.float32)
+    assert torch.equal(torch.stack(after), torch.stack(before))
+
+
 def test_ids_and_stop_ids_come_from_the_checkpoint(tmp_path: Path) -> None:
     families.save(tiny("llada"), tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, 7]}))

@@ -52,7 +52,8 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Rows on the device. Padding rows are one visible column of the scratch row; padding columns are closed."""
+    """Rows on the device. Padding rows repeat the first row in the scratch row of the cache, with nothing open;
+    padding columns are written to the scratch column and seen by nobody."""
 
     shape: Shape
     rows_B: torch.Tensor
@@ -123,7 +124,6 @@ def pack(
     """Pack rows and their windows into a batch of the given shape (at least as large as they need)."""
     mask_id = states[0].mask_id
     integers = np.zeros((shape.num_rows, len(_HEADER) + shape.width + shape.open_width), dtype=np.int64)
-    integers[len(states) :, : len(_HEADER)] = (scratch_row, 1, 0, 1, 0, 0, 1, 0, 0)
     floats = np.zeros((shape.num_rows, 2), dtype=np.float32)
     for row, (state, window) in enumerate(zip(states, windows, strict=True)):
         own = integers[row]
@@ -143,6 +143,10 @@ def pack(
             window.open_start : window.open_stop
         ]
         floats[row] = (state.temperature, state.top_p)
+    padding = integers[len(states) :]
+    padding[:] = integers[0]
+    padding[:, _HEADER.index("slot")] = scratch_row
+    padding[:, _HEADER.index("open_stop")] = padding[:, _HEADER.index("open_start")]
     return PackedBatch(
         shape=shape,
         mask_id=mask_id,

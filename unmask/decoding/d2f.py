@@ -82,8 +82,8 @@ class PipelineState(DecodeState):
 
     def ratio(self, block: Block) -> float:
         """Committed share of a block."""
-        masked = (self.tokens[block.start : block.stop] == self.mask_id).sum()
-        return 1.0 - float(masked) / (block.stop - block.start)
+        committed = int((self.tokens[block.start : block.stop] != self.mask_id).sum())
+        return committed / (block.stop - block.start)
 
     @property
     def active(self) -> list[Block]:
@@ -160,17 +160,20 @@ class D2F(Decoder[PipelineState]):
     def _open_blocks(self, state: PipelineState) -> None:
         """Step 1, admission (at most one block), and step 2, activation."""
         last = state.blocks[-1]
-        ended = state.stop_at_eos and state.has_stop(state.prompt_len, state.length)
         room = last.stop < state.length and len(state.active) < self.config.max_active_blocks
-        if room and not ended and state.ratio(last) >= self.config.tau_add:
+        if room and state.ratio(last) >= self.config.tau_add and not self._has_ended(state):
             state.blocks.append(Block(last.stop, min(last.stop + self.config.block_size, state.length)))
         for before, block in itertools.pairwise(state.blocks):
-            if state.ratio(before) >= self.config.tau_act:
-                block.fully_activated = True
+            if not block.fully_activated:
+                block.fully_activated = state.ratio(before) >= self.config.tau_act
+
+    @staticmethod
+    def _has_ended(state: PipelineState) -> bool:
+        return state.stop_at_eos and state.has_stop(state.prompt_len, state.length)
 
     def _drop_after_stop(self, state: PipelineState) -> None:
         """Blocks after a complete block that holds a stop id cannot be part of the answer, nor change it."""
-        if not state.stop_at_eos:
+        if not self._has_ended(state):
             return
         for index, block in enumerate(state.blocks[1:], start=1):
             if state.has_stop(block.start, block.stop) and not state.is_masked(block.start, block.stop):

@@ -31,8 +31,8 @@ class Decoder(ABC, Generic[S]):
     denoiser: Denoiser
     cached_models: tuple[Denoiser, ...] = ()
     """The networks that need a KV cache; none for a decoder that feeds whole rows."""
-    open_multiple: int = 1
-    """Read columns come in multiples of this."""
+    open_multiple: int | None = None
+    """Read columns come in multiples of this; None leaves it to the loop."""
 
     @property
     @abstractmethod

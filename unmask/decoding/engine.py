@@ -14,13 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from unmask.decoding.batch import Shape
 from unmask.decoding.decoder import Decoder, require
-from unmask.decoding.generate import assemble
 from unmask.decoding.graphs import StepGraphs
-from unmask.decoding.grouping import Limits, Work, group
+from unmask.decoding.grouping import Limits, group
 from unmask.decoding.request import Completion, DecodeRequest, until_stop
 from unmask.decoding.slots import Slots
+from unmask.decoding.work import Work, assemble, conclude
 from unmask.denoiser import DecodeState, Denoiser
 from unmask.errors import ConfigError
 from unmask.types import TokenDelta
@@ -82,6 +81,7 @@ class DiffusionEngine:
         self.num_steps = 0
         self.num_batches = 0
         self._limits = Limits(
+            capacity=config.max_length,
             fed_columns=config.max_fed_columns,
             logits_bytes=config.max_logits_mb << 20,
             multiple=config.shape_multiple,
@@ -135,14 +135,10 @@ class DiffusionEngine:
     def step(self) -> list[Output]:
         """Admit what fits, run one forward of every row, and say what came of it."""
         self._admit()
-        work = [Work(row.decoder, row.state, row.decoder.window(row.state)) for row in self._running]
-        groups = group(work, self._limits, self.slots.capacity)
-        results = _read_back([self._launch(members, shape) for members, shape in groups])
-        for (members, _), tokens_BK in zip(groups, results, strict=True):
-            for item, tokens_K in zip(members, tokens_BK, strict=False):  # padding rows come last
-                window = item.window
-                item.decoder.advance(item.state, window, tokens_K[: window.open_stop - window.open_start])
-                self.slots.settle(item.state)
+        groups = group([Work.of(row.decoder, row.state) for row in self._running], self._limits)
+        results = _read_back([self._launch(members) for members in groups])
+        for members, tokens_BK in zip(groups, results, strict=True):
+            conclude(members, tokens_BK, self.slots)
         self.num_steps += 1
         self.num_batches += len(groups)
         reports = [self._report(row) for row in list(self._running)]
@@ -186,10 +182,10 @@ class DiffusionEngine:
         self._running.remove(row)
         self.slots.release(row.state.slot)
 
-    def _launch(self, members: Sequence[Work], shape: Shape) -> torch.Tensor:
+    def _launch(self, members: Sequence[Work]) -> torch.Tensor:
         """Start one forward; nothing waits for the device here."""
         decoder = members[0].decoder
-        batch = assemble(decoder, self.slots, [m.state for m in members], [m.window for m in members], shape)
+        batch = assemble(members, self._limits.shape_of(members), self.slots)
         if self._graphs is not None:
             return self._graphs.run(decoder, batch)
         return decoder.step(batch.unpack(), self.slots.caches)
@@ -205,7 +201,8 @@ class DiffusionEngine:
         row.sent = state.committed
         if finished:
             self._retire(row)
-        delta = TokenDelta(token_ids=fresh.tolist(), finish_reason=state.finish_reason)
+        num_forwards = state.num_forwards if finished else None
+        delta = TokenDelta(token_ids=fresh.tolist(), finish_reason=state.finish_reason, num_forwards=num_forwards)
         return Output(state.request_id, delta, Completion.of(state) if finished else None)
 
 

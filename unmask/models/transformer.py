@@ -57,7 +57,7 @@ def rope_frequencies(theta: float, head_dim: int) -> tuple[float, ...]:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32."""
+    """Root-mean-square norm, accumulated in float32 whatever the dtype."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -66,26 +66,27 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Same shape and dtype as `x`."""
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        # Equal dtypes select the fused kernel; under autocast the weight is float32.
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Rotary(nn.Module):
     """Rotary position tables of explicit positions, computed in float32."""
 
-    inv_freq: torch.Tensor
+    inv_freq_bits: torch.Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        # An explicit device: the table is real even when the network is built on the meta device.
+        # Kept as bits: `network.bfloat16()` casts float buffers, and rounded frequencies ruin far positions.
+        # On an explicit device: the table is real even when the network is built on the meta device.
         inv_freq = torch.tensor(config.rope_inv_freq, dtype=torch.float32, device="cpu")
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("inv_freq_bits", inv_freq.view(torch.int32), persistent=False)
         self.scale = config.rope_scale
 
     def forward(self, positions_BT: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines, each [B, T, 1, head_dim]."""
-        angles = positions_BT[:, :, None, None].float() * self.inv_freq.float().repeat(2)
+        inv_freq = self.inv_freq_bits.view(torch.float32).repeat(2)
+        angles = positions_BT[:, :, None, None].float() * inv_freq
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
 
 

@@ -111,12 +111,6 @@ class DraftServer:
     def stop(self) -> None:
         """Hang up on everybody and wait for the step under way."""
         self._hang_up()
-        listener, self._listener = self._listener, None
-        if listener is not None:
-            listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
-            if self.address.startswith(UNIX_PREFIX):
-                Path(self.address.removeprefix(UNIX_PREFIX)).unlink(missing_ok=True)
         self._batcher.stop()
 
     @property
@@ -206,23 +200,33 @@ class DraftServer:
                 _send(channel, reply)
             idle.set()
 
-        while not self._stopping:
+        while True:
             _, payload = channel.receive([Kind.STEP], MAX_MESSAGE_BYTES)
             step = decode_step(payload)
             self._engine.check(step)
             idle.clear()
+            if self._stopping:
+                # `_hang_up` may have run before `clear`: nobody would answer.
+                idle.set()
+                return
             self._batcher.submit(session, step, answer)
             # The step's features are views of the channel's buffer: read on only when they have been used.
             idle.wait()
 
     def _hang_up(self) -> None:
-        """End every connection. Also run when the engine has died: targets shall notice at once."""
+        """End every connection and take no more. Also run when the engine has died: targets shall notice at once."""
         with self._lock:
             self._stopping = True
+            listener, self._listener = self._listener, None
             for channel in self._channels:
                 channel.shutdown()
             for idle in self._idle.values():
                 idle.set()
+        if listener is not None:
+            listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+            if self.address.startswith(UNIX_PREFIX):
+                Path(self.address.removeprefix(UNIX_PREFIX)).unlink(missing_ok=True)
 
 
 def _send(channel: Channel, reply: Proposals) -> None:

@@ -37,7 +37,8 @@ EOS = 2
 MAX_MODEL_LEN = 4096
 TEXTS = (
     "The answer is 42, and that is all.",
-    "Za\u017c\u00f3\u0142\u0107 g\u0119\u015bl\u0105 ja\u017a\u0144 \u2014 na\u00efve caf\u00e9, \u6771\u4eac \u306f \u591c.",
+    "Za\u017c\u00f3\u0142\u0107 g\u0119\u015bl\u0105 ja\u017a\u0144 \u2014 "
+    "na\u00efve caf\u00e9, \u6771\u4eac \u306f \u591c.",
     "Emoji \U0001f469\u200d\U0001f469\u200d\U0001f467 across \U0001f1ef\U0001f1f5 token \U0001f389\U0001f389 borders!",
     "One. Two. Three. Stop here. Four.",
 )
