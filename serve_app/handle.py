@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import http
+import http.client
 import logging
 import socket
+import time
 from dataclasses import dataclass
 
 import ray
@@ -20,6 +23,8 @@ from unmask.config import Recipe
 from unmask.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+_READY_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +48,17 @@ class ServeHandle:
         return self._pids("draft")
 
     def shutdown(self, drain_s: float = DRAIN_S) -> None:
-        """Refuse new requests, let the running ones finish for up to `drain_s`, then end every replica."""
+        """Refuse new requests, let the running ones finish for up to `drain_s`, then end every replica.
+
+        Serve itself ends with its last application. A service that has ended already is left alone.
+        """
+        if APPLICATION not in serve.status().applications:
+            return
         try:
             self.ingress.drain.remote().result(timeout_s=drain_s)
         except (TimeoutError, RayError, RayServeException) as error:
             logger.warning("the service was not drained: %s", type(error).__name__)
-        serve.delete(APPLICATION)
-        serve.shutdown()
+        _delete()
 
     def _pids(self, role: str) -> list[int]:
         return [report.pids[0] for report in self.reports() if report.role == role]
@@ -73,9 +82,38 @@ def serve_pairing(recipe: Recipe) -> ServeHandle:
         ingress = serve.run(application, name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
         reason = _why_not()
-        serve.shutdown()
+        _delete()
         raise FaultError(f"the service did not start: {reason or error}") from error
+    if not _is_ready(host, port):
+        _delete()
+        raise FaultError(
+            f"nothing answers at {host}:{port}; if Serve ran on this cluster before, give its own serve.host and port"
+        )
     return ServeHandle(url=f"http://{host}:{port}", ingress=ingress)
+
+
+def _delete() -> None:
+    """End the application, and Serve if it has no other."""
+    serve.delete(APPLICATION)
+    if not serve.status().applications:
+        serve.shutdown()
+
+
+def _is_ready(host: str, port: int) -> bool:
+    """Whether the service says that it is ready, waiting until its replicas have told the directory of themselves."""
+    end = time.monotonic() + _READY_S
+    while time.monotonic() < end:
+        connection = http.client.HTTPConnection(host, port, timeout=_READY_S)
+        try:
+            connection.request("GET", "/health")
+            if connection.getresponse().status == http.HTTPStatus.OK:
+                return True
+        except (OSError, http.client.HTTPException):
+            logger.debug("%s:%d is not ready", host, port)
+        finally:
+            connection.close()
+        time.sleep(0.2)
+    return False
 
 
 def _free_port(host: str) -> int:

@@ -1,4 +1,8 @@
-"""Tiny random networks, requests for them, and predictions of whole rows under masks built entry by entry."""
+"""Tiny random networks, requests for them, and predictions of whole rows under masks built entry by entry.
+
+Tests that compare tokens draw fixed examples (`derandomize`): two ways to compute one probability differ in the last
+bit, so of very many fresh examples one would meet a tie with a threshold or with another token.
+"""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ def decoders() -> dict[str, Decoder]:
     bidirectional, shifted = tiny("llada").cuda(), tiny("dream").cuda()
     block_causal = tiny("adapted", attention="block_causal", block_size=2).cuda()
     return {
-        "dparallel": DParallel(bidirectional, DParallelConfig(block_size=4, threshold=1.5)),
-        "dual": Threshold(shifted, ThresholdConfig(block_size=4, threshold=0.4, cache="dual")),
+        "dparallel": DParallel(shifted, DParallelConfig(block_size=4, threshold=1.5)),
+        "dual": Threshold(bidirectional, ThresholdConfig(block_size=4, threshold=0.4, cache="dual")),
         "d2f": D2F(block_causal, D2FConfig(block_size=4, tau_add=0.3, tau_act=0.7, tau_conf=0.35)),
         "apd": APD(
             shifted,

@@ -35,7 +35,7 @@ def d2f(network: DiffusionLM, **knobs: Any) -> D2F:
 
 @pytest.mark.parametrize("family", NETWORKS)
 @pytest.mark.parametrize("cache", [True, False])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     prompt_len=st.integers(1, 7),
     max_tokens=st.integers(1, 22),

@@ -41,7 +41,7 @@ def check(decoder: Decoder, asked: DecodeRequest, expected: reference.Decoded) -
 @pytest.mark.parametrize("family", NETWORKS)
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 @pytest.mark.parametrize("rule", RULES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(prompt_len=st.integers(1, 7), max_tokens=st.integers(3, 14), seed=st.integers(0, 50))
 def test_decoders_follow_their_algorithm(
     family: str, cache: str, rule: str, prompt_len: int, max_tokens: int, seed: int

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from serve_app.backend import ReplicaReport
+from serve_app.directory import EXPIRY_S, DraftEndpoint, LinkState, Registry
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def note_draft(registry: Registry, name: str) -> None:
+    registry.note_draft(
+        ReplicaReport(role="draft", replica=name, pids=(1,)), DraftEndpoint(address=f"{name}:1", version=1, pid=1)
+    )
+
+
+def note_target(registry: Registry, name: str, address: str | None = None, *, connected: bool = False) -> str | None:
+    """The address that the target is given."""
+    report = ReplicaReport(role="target", replica=name, pids=(2,))
+    endpoint = registry.note_target(report, LinkState(address=address, connected=connected))
+    return endpoint.address if endpoint else None
+
+
+def test_there_may_be_no_draft():
+    assert note_target(Registry(), "t") is None
+
+
+def test_targets_spread_over_the_drafts():
+    registry = Registry()
+    for name in "abc":
+        note_draft(registry, name)
+    given = [note_target(registry, f"t{i}") for i in range(6)]
+    assert sorted(given) == ["a:1", "a:1", "b:1", "b:1", "c:1", "c:1"]
+
+
+def test_a_target_keeps_a_draft_that_works():
+    registry = Registry()
+    note_draft(registry, "a")
+    assert note_target(registry, "t", "a:1", connected=True) == "a:1"
+    note_draft(registry, "b")
+    assert note_target(registry, "u", "a:1", connected=True) == "a:1"
+    assert note_target(registry, "t", "a:1", connected=True) == "a:1"
+
+
+def test_a_target_that_cannot_reach_its_draft_is_given_another_if_there_is_one():
+    registry = Registry()
+    note_draft(registry, "a")
+    assert note_target(registry, "t", "a:1") == "a:1"
+    note_draft(registry, "b")
+    assert note_target(registry, "t", "a:1") == "b:1"
+
+
+def test_silent_replicas_are_forgotten():
+    clock = Clock()
+    registry = Registry(clock)
+    note_draft(registry, "a")
+    note_target(registry, "t")
+    clock.now = EXPIRY_S - 1
+    note_draft(registry, "b")
+    assert {report.replica for report in registry.reports()} == {"a", "t", "b"}
+    clock.now = EXPIRY_S + 1
+    assert {report.replica for report in registry.reports()} == {"b"}
+    assert note_target(registry, "t", "a:1", connected=True) == "b:1"
+
+
+def test_a_restarted_directory_takes_the_secret_of_the_first_replica_that_speaks():
+    first = Registry()
+    secret = first.agree_on_secret(None)
+    assert len(secret) == 64
+    assert first.agree_on_secret(None) == secret
+    assert first.agree_on_secret("another") == secret
+    assert Registry().agree_on_secret(secret) == secret
