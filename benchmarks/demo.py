@@ -27,7 +27,10 @@ def machine() -> dict[str, object]:
 
 def main(report: Path, result: Path) -> None:
     """Put machine and command beside a report."""
-    tree = {"command": "make demo", "machine": machine(), "report": json.loads(report.read_text())}
+    figures = json.loads(report.read_text())
+    for section, name in (("evaluate", "plot"), ("publish", "path")):
+        figures[section].pop(name)  # folders of that machine
+    tree = {"command": "make demo", "machine": machine(), "report": figures}
     result.write_text(json.dumps(tree, indent=2) + "\n")
     print(result)
 

@@ -35,7 +35,9 @@ class Denoiser(Protocol):
     """A network that predicts the token of any column: what every decoder is given."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """V: ids are below it."""
+        ...
 
     @property
     def mask_id(self) -> int | None:
@@ -43,7 +45,9 @@ class Denoiser(Protocol):
         ...
 
     @property
-    def eos_ids(self) -> tuple[int, ...]: ...
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end a response."""
+        ...
 
     @property
     def max_length(self) -> int:
@@ -61,7 +65,9 @@ class Denoiser(Protocol):
         ...
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where batches are sent."""
+        ...
 
     def __call__(
         self,
