@@ -1,6 +1,6 @@
 """The figures of the README's first table: the demo's report with the machine it ran on.
 
-    make demo && .venv/bin/python benchmarks/demo.py .unmask/demo/report.json benchmarks/results/demo_cpu.json
+make demo && .venv/bin/python benchmarks/demo.py .unmask/demo/report.json benchmarks/results/demo_cpu.json
 """
 
 from __future__ import annotations
