@@ -24,9 +24,11 @@ lint: setup
 unit: setup
 	$(QUIET) OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto tests/unit
 
-# One after another: each of these already fills the machine with processes of its own.
+# One after another, each in a process of its own: they start engines and clusters that fill the machine.
 test: lint unit
-	$(QUIET) $(PY) -m pytest -q -m "not gpu" $(SYSTEM_TESTS)
+	@set -e; for suite in $(SYSTEM_TESTS); do \
+	    echo "== $$suite"; $(QUIET) $(PY) -m pytest -q -m "not gpu" $$suite; \
+	done
 
 gpu-test:
 	$(PY) -m pytest -q -m gpu tests/gpu

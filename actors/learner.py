@@ -84,14 +84,15 @@ class Learner:
         precision = torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
         target = TargetModel.load(self.spec.target_path, self.spec.draft.target_layer_ids, precision).to(device)
         draft = new_draft(self.spec.draft, target.model, self.recipe.draft.init, self.config.seed).to(device)
+        everything = _sequences(self.recipe)
         sequences = SequenceSet(
-            _sequences(self.recipe),
+            everything,
             batch_size=self.config.sequences_per_step,
             seed=self.config.seed,
             rank=self.rank,
             world_size=self.world_size,
         )
-        occurring = {token for s in _sequences(self.recipe) for token in s.ids[s.prompt_length :]}
+        occurring = {token for s in everything for token in s.ids[s.prompt_length :]}
         module = DraftingForward(draft)
         return DraftTrainer(
             draft,

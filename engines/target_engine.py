@@ -31,6 +31,8 @@ from unmask.targets import resolve_target
 from unmask.types import FinishReason, SamplingOptions, TokenDelta
 
 _FINISH_REASONS = ("stop", "length", "abort")
+_CPU_VARIABLES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "PASSIVE"}
+"""Replicas share their host: pinned threads would meet on one core, and idle ones that spin would starve the draft."""
 _IN_CORE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
@@ -107,8 +109,13 @@ class TargetEngine:
     async def stop(self) -> None:
         """End the engine core; running requests end with an error."""
         engine, self._engine = self._engine, None
-        if engine is not None:
-            await asyncio.to_thread(engine.shutdown)
+        if engine is None:
+            return
+        if engine.output_handler is not None:
+            # Left to itself, vLLM's task would report the end of its core as a crash before it tells the requests.
+            engine.output_handler.cancel()
+            engine.output_processor.propagate_error(EngineDeadError())
+        await asyncio.to_thread(engine.shutdown)
 
     @property
     def alive(self) -> bool:
@@ -151,7 +158,7 @@ class TargetEngine:
         return read_status(status_file) if status_file else None
 
     def _build(self, arguments: Mapping[str, Any]) -> AsyncLLM:
-        variables = {} if self._on_gpu else {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        variables = {} if self._on_gpu else dict(_CPU_VARIABLES)
         if self._draft is not None:
             variables[LINK_FILE_VARIABLE] = str(self._draft.link_file.absolute())
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -67,7 +68,8 @@ class Service:
     ) -> Response:
         """Generate and answer. Errors before the first token have an HTTP status, later ones are stream events."""
         generation = Generation(
-            request.state.request_id,
+            # Clients may give several requests one id; the engine must tell them apart.
+            f"{request.state.request_id}-{secrets.token_hex(4)}",
             specs,
             backend=self.backend,
             admission=self.admission,

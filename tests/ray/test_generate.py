@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ def test_killed_driver_is_resumed_without_loss_or_change(survived: dict[int, Tra
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-    _wait(lambda: not _processes_in(folder), 60)
+    _wait(lambda: not _processes_in(folder), 60, lambda: f"still there: {_processes_in(folder)}")
     finished = {shard: shard_path(directory, shard).read_bytes() for shard in shard_sizes(directory)}
     assert 3 <= len(finished) < 10
 
@@ -161,17 +161,18 @@ def test_options_that_the_engine_refuses_are_the_users_error(folder: Path) -> No
         generate(parse_recipe(tree), folder / "refused")
 
 
-def _wait(condition: Any, seconds: float) -> None:
+def _wait(condition: Callable[[], bool], seconds: float, state: Callable[[], str] = lambda: "") -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited too long"
+        assert time.monotonic() < deadline, f"waited for {seconds} s; {state()}"
         time.sleep(0.02)
 
 
-def _processes_in(folder: Path) -> list[int]:
+def _processes_in(folder: Path) -> list[str]:
     """Processes whose temporary folder this is: what is left of a private cluster."""
     setting = f"TMPDIR={folder}".encode()
-    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ") if setting in _read(path)]
+    directories = [path.parent for path in Path("/proc").glob("[0-9]*/environ") if setting in _read(path)]
+    return [f"{path.name} {_read(path / 'cmdline')[:80]!r}" for path in directories]
 
 
 def _read(path: Path) -> bytes:

@@ -16,6 +16,7 @@ import pytest_asyncio
 from transformers import AutoTokenizer
 
 from engines.draft_arguments import RemoteDraftOptions
+from engines.offline_engine import EngineDiedError
 from engines.target_engine import TargetEngine, target_arguments
 from tests.vllm.vllm_tools import LAYER_IDS, K, engine, greedy, make_draft
 from unmask.config import TargetConfig
@@ -204,6 +205,17 @@ async def test_a_prompt_that_does_not_fit_is_refused(pairing: TargetEngine) -> N
     with pytest.raises(PromptError, match="refuses"):
         await collect(pairing, "schema", [5], replace(OPTIONS, json_schema="{"))
     assert pairing.alive
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_stopped_engine_ends_its_requests(pairing: TargetEngine, prompts, caplog) -> None:
+    running = asyncio.create_task(collect(pairing, "running", prompts[0], replace(OPTIONS, max_tokens=200)))
+    await asyncio.sleep(0.3)
+    await pairing.stop()
+    for task in (running, collect(pairing, "late", prompts[0], OPTIONS)):
+        with pytest.raises(EngineDiedError):
+            await task
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 @pytest.mark.parametrize("option", [{"enable_prefix_caching": True}, {"async_scheduling": True}])

@@ -66,13 +66,18 @@ class ToyBackend:
     tokenizer: PreTrainedTokenizerFast
     block: int = 3
     delay_s: float = 0.0
-    active: int = 0
+    running: set[str] = field(default_factory=set)
     cancelled: int = 0
     fails_after: int | None = None
     gate: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.gate.set()
+
+    @property
+    def active(self) -> int:
+        """Responses under way."""
+        return len(self.running)
 
     def answer(self, prompt_ids: list[int], options: SamplingOptions) -> list[int]:
         """The whole response, EOS included."""
@@ -89,7 +94,8 @@ class ToyBackend:
         if options.json_schema is not None and "refused" in options.json_schema:
             raise PromptError("the schema cannot be compiled", field="response_format")
         ids = self.answer(prompt_ids, options)
-        self.active += 1
+        assert request_id not in self.running, "engines refuse an id that is in use"
+        self.running.add(request_id)
         try:
             for start in range(0, len(ids), self.block):
                 await self.gate.wait()
@@ -106,7 +112,7 @@ class ToyBackend:
             self.cancelled += 1
             raise
         finally:
-            self.active -= 1
+            self.running.remove(request_id)
 
     async def reports(self) -> Sequence[ReplicaReport]:
         """One target, one draft."""

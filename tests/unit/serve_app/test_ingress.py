@@ -236,6 +236,13 @@ async def test_overload_is_refused_at_once_and_everything_admitted_is_served(
     assert (service.admission.running, service.admission.waiting) == (0, 0)
 
 
+async def test_requests_may_share_a_request_id(client: httpx.AsyncClient, backend: ToyBackend):
+    backend.delay_s = 0.01
+    headers = {"X-Request-Id": "same"}
+    posts = [client.post("/v1/chat/completions", json=chat("q", n=2), headers=headers) for _ in range(3)]
+    assert [response.status_code for response in await asyncio.gather(*posts)] == [200] * 3
+
+
 async def test_draining_refuses_new_requests(client: httpx.AsyncClient, service: Service):
     await service.admission.drain()
     response = await client.post("/v1/chat/completions", json=chat("q"))
