@@ -169,7 +169,7 @@ def _wait(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def _actors_in(folder: Path) -> list[Path]:
-    """Generation actors of the private cluster with this temporary folder: they outlive a killed driver for a moment."""
+    """Generation actors of the private cluster with this temporary folder; they outlive a killed driver briefly."""
     setting = f"TMPDIR={folder}".encode()
     processes = [path.parent for path in Path("/proc").glob("[0-9]*/environ") if setting in _read(path)]
     return [path for path in processes if b"MapWorker" in _read(path / "cmdline")]
