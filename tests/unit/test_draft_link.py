@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
+from tests.impostor_draft import Impostor, altered
 from tests.pairing_tools import (
     BLOCK_SIZE,
     SECRET,
@@ -25,15 +22,12 @@ from tests.pairing_tools import (
     tiny_draft,
     tiny_vocabulary,
 )
-from unmask.checkpoints import save_draft
-from unmask.pairing.channel import Channel
 from unmask.pairing.client import DraftLink
-from unmask.pairing.handshake import authenticate_as_draft
-from unmask.pairing.hello import Hello, draft_version, encode_hello, hello_of
-from unmask.pairing.link_file import LinkConfig, read_link_file, write_link_file
+from unmask.pairing.hello import draft_version, hello_of
+from unmask.pairing.link_file import LinkConfig, write_link_file
 from unmask.pairing.server import DraftServer
-from unmask.pairing.status import FIELDS, LinkStatus, read_status
-from unmask.pairing.wire import MAX_MESSAGE_BYTES, Kind, Proposals, decode_step, encode_proposals
+from unmask.pairing.status import LinkStatus, read_status
+from unmask.pairing.wire import Kind
 
 K = BLOCK_SIZE - 1
 TIMEOUT_MS = 300.0
@@ -237,60 +231,6 @@ def test_a_stranger_is_turned_away(serve) -> None:
     assert SECRET not in received
 
 
-class Impostor:
-    """A draft that authenticates and greets, answers the probe, and then misbehaves as told."""
-
-    def __init__(self, misbehave: Callable[[Channel, Proposals], None], hello: Hello | None = None) -> None:
-        self._misbehave = misbehave
-        self._hello = hello or hello_of(tiny_draft(), 1, None)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def _run(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(Channel(sock),), daemon=True).start()
-
-    def _serve(self, channel: Channel) -> None:
-        try:
-            authenticate_as_draft(channel, SECRET, time.monotonic() + 5)
-            channel.send(Kind.HELLO, encode_hello(self._hello))
-            while True:
-                step = decode_step(channel.receive([Kind.STEP], MAX_MESSAGE_BYTES)[1])
-                num_rows, k = len(step.rows), step.num_speculative_tokens
-                reply = Proposals(
-                    draft_version=step.draft_version,
-                    epoch=step.epoch,
-                    number=step.number,
-                    counts=np.full(num_rows, k, np.uint8),
-                    tokens=np.ones((num_rows, k), np.int32),
-                )
-                if num_rows:
-                    self._misbehave(channel, reply)
-                else:
-                    channel.send(Kind.PROPOSALS, encode_proposals(reply))
-        except OSError:
-            return
-        finally:
-            channel.close()
-
-    def stop(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-
-def altered(**changes: object) -> Callable[[Channel, Proposals], None]:
-    def send(channel: Channel, reply: Proposals) -> None:
-        fields = {name: getattr(reply, name) for name in Proposals.__slots__}
-        channel.send(Kind.PROPOSALS, encode_proposals(Proposals(**(fields | changes))))
-
-    return send
-
-
 MISBEHAVIOUR = {
     "stalls": lambda channel, reply: time.sleep(3 * TIMEOUT_MS / 1000),
     "dribbles": lambda channel, reply: [channel.send(Kind.STEP, [b"x"]) or time.sleep(0.05) for _ in range(20)],
@@ -351,45 +291,6 @@ def test_nobody_there_and_no_file_are_no_error(connect, tmp_path) -> None:
     for _ in range(3):
         assert link.propose([row(1, 0, 1)], raw_features(1, seed=0)) == [[]]
     eventually(lambda: link.status["connect_failures"] > 0)
-
-
-def test_a_process_serves_and_ends_with_its_input(connect, vocabulary, tmp_path) -> None:
-    draft = tiny_draft()
-    save_draft(draft, tmp_path / "draft", None, dtype=torch.float32)
-    (tmp_path / "target").mkdir()
-    save_file({"model.embed_tokens.weight": vocabulary}, tmp_path / "target" / "model.safetensors")
-    (tmp_path / "secret").write_bytes(SECRET)
-    command = [sys.executable, "-m", "unmask.pairing.server"]
-    for option in ("draft", "target", "secret-file", "address-file"):
-        command += [f"--{option}", str(tmp_path / option.split("-")[0])]
-
-    def start() -> tuple[subprocess.Popen, str]:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE)
-        eventually(lambda: (tmp_path / "address").exists() or process.poll() is not None, within_s=60)
-        return process, read_link_file(tmp_path / "address").address
-
-    process, address = start()
-    link = connect(address)
-    assert link.wait_until_ready(10)
-    assert_proposes(link, vocabulary)
-    process.stdin.close()
-    assert process.wait(20) == 0
-    (tmp_path / "address").unlink()
-    process, _ = start()
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
-
-
-def test_a_status_file_keeps_its_fields(tmp_path) -> None:
-    assert read_status(tmp_path / "none") is None
-    status = LinkStatus(tmp_path / "status")
-    for index, name in enumerate(FIELDS):
-        status[name] = index
-        status.add(name, 0.5)
-    assert read_status(tmp_path / "status") == {name: i + 0.5 for i, name in enumerate(FIELDS)}
-    (tmp_path / "status").write_bytes(b"short")
-    with pytest.raises(ValueError, match="not a status file"):
-        read_status(tmp_path / "status")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
