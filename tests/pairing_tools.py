@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from unmask.models.dflash import DFlashConfig, DFlashDraft
+from unmask.pairing.client import DraftLink
 from unmask.pairing.hello import TargetShape
 from unmask.types import ProposalRow
 
@@ -71,3 +75,20 @@ def reference_block(draft: DFlashDraft, vocabulary: Tensor, raw: Tensor, last_to
 def row(request: int, start: int, num_features: int, last_token: int = 1) -> ProposalRow:
     """A `ProposalRow` by position."""
     return ProposalRow(request=request, start=start, num_features=num_features, last_token=last_token)
+
+
+def eventually(condition: Callable[[], object], within_s: float = 10.0) -> None:
+    """Wait until a condition holds, or fail."""
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.01)
+
+
+def assert_proposes(
+    link: DraftLink, vocabulary: Tensor, draft: DFlashDraft | None = None, request: int = 1, k: int = BLOCK_SIZE - 1
+) -> None:
+    """A request that starts now gets the block of the reference."""
+    raw = raw_features(9, seed=request)
+    expected = reference_block(draft or tiny_draft(), vocabulary, raw, 1, k)
+    assert link.propose([row(request, 0, 9)], raw) == [expected]

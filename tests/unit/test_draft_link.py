@@ -16,6 +16,8 @@ from tests.pairing_tools import (
     BLOCK_SIZE,
     SECRET,
     SHAPE,
+    assert_proposes,
+    eventually,
     raw_features,
     reference_block,
     row,
@@ -73,19 +75,6 @@ def connect(tmp_path: Path) -> Iterator[Callable[..., DraftLink]]:
 def write_link(directory: Path, address: str | None, **options) -> None:
     defaults = {"secret_file": str(directory / "secret"), "timeout_ms": TIMEOUT_MS, "retry_s": 0.05}
     write_link_file(directory / "link.json", LinkConfig(address=address, **(defaults | options)))
-
-
-def eventually(condition: Callable[[], object], within_s: float = 10.0) -> None:
-    end = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < end, "did not happen in time"
-        time.sleep(0.01)
-
-
-def assert_proposes(link: DraftLink, vocabulary, draft=None, request: int = 1, k: int = K) -> None:
-    raw = raw_features(9, seed=request)
-    expected = reference_block(draft or tiny_draft(), vocabulary, raw, 1, k)
-    assert link.propose([row(request, 0, 9)], raw) == [expected]
 
 
 def test_proposals_equal_the_reference(serve, connect, vocabulary, tmp_path) -> None:
