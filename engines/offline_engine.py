@@ -152,22 +152,12 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 
 def _sampling_params(options: SamplingOptions) -> Any:
-    from vllm import SamplingParams
+    # Imported with the engine: they pull in vLLM, which takes seconds.
     from vllm.sampling_params import RequestOutputKind
 
-    return SamplingParams(
-        max_tokens=options.max_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        seed=options.seed if options.temperature > 0 else None,
-        ignore_eos=options.ignore_eos,
-        stop_token_ids=list(options.stop_token_ids),
-        presence_penalty=options.presence_penalty,
-        frequency_penalty=options.frequency_penalty,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+    from engines.sampling import sampling_params
+
+    return sampling_params(options, RequestOutputKind.FINAL_ONLY)
 
 
 def _completion(output: Any) -> Completion:
