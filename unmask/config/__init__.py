@@ -1,0 +1,29 @@
+"""What a run is made of: one frozen dataclass per concept, presets as functions.
+
+Plain dataclasses, so that the library imports without a validation framework; `unmask.recipe` reads
+YAML and dotted overrides into them and turns every mistake into a one-line `ConfigError`.
+Combinations that cannot work are refused in `__post_init__`, before any model is loaded.
+"""
+
+from unmask.config.distill import DistillConfig, DraftConfig, published
+from unmask.config.evaluate import EvaluateConfig
+from unmask.config.generate import GenerateConfig
+from unmask.config.prompts import PromptsConfig
+from unmask.config.publish import PublishConfig
+from unmask.config.recipe import Recipe
+from unmask.config.serve import ServeConfig
+from unmask.config.target import EMBEDDED_TARGET, TargetConfig
+
+__all__ = [
+    "EMBEDDED_TARGET",
+    "DistillConfig",
+    "DraftConfig",
+    "EvaluateConfig",
+    "GenerateConfig",
+    "PromptsConfig",
+    "PublishConfig",
+    "Recipe",
+    "ServeConfig",
+    "TargetConfig",
+    "published",
+]

@@ -1,0 +1,103 @@
+"""The draft's shape and its training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from unmask.config.checks import require
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftConfig:
+    """Shape of a DFlash draft (its width, heads and vocabulary are the target's)."""
+
+    num_layers: int = 2
+    block_size: int = 8
+    """B: the anchor and B - 1 masks."""
+    num_target_features: int = 5
+    """D: sampled target layers, evenly spaced from block 1 to block N - 3."""
+    mask_token_id: int | None = None
+    """None picks the first unused special id of the tokenizer."""
+    init: Literal["target", "random"] = "target"
+    """`target` starts each block from a target block and `fc` from the last feature."""
+
+    def __post_init__(self) -> None:
+        require(self.num_layers >= 1, "draft.num_layers", "must be at least 1")
+        require(self.block_size >= 2, "draft.block_size", "must be at least 2 (the anchor and one mask)")
+        require(self.num_target_features >= 1, "draft.num_target_features", "must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillConfig:
+    """Training of the draft. Defaults suit a few CPU minutes; `published()` is the paper's recipe."""
+
+    max_steps: int | None = None
+    max_seconds: float | None = 300.0
+    """Budget of optimiser time (loading and features not counted); the first limit reached ends the run."""
+    sequences_per_step: int = 2
+    """Per worker."""
+    anchors_per_sequence: int = 16
+    decay_gamma: float | None = None
+    """Position decay; None takes 7 / 5 / 4 for B = 16 / 10 / 8 and B / 2 otherwise."""
+    beta: float = 0.0
+    """Weight of the certainty-forcing term; 0 switches it off."""
+    entropy_temperature: float = 0.5
+    learning_rate: float = 1.5e-3
+    schedule: Literal["constant_then_linear", "cosine"] = "constant_then_linear"
+    warmup_fraction: float = 0.0
+    decay_fraction: float = 0.4
+    """Share of the budget over which the rate falls linearly to 0 (constant_then_linear)."""
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    ema: float = 0.99
+    """Decay of the averaged weights that are published; 0 switches averaging off."""
+    head_negatives: int | None = 1024
+    """Train the head on the ids of the trajectories and this many random others; None uses the whole vocabulary."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    num_workers: int = 1
+    cpus_per_worker: float = 1.0
+    use_gpu: bool = False
+    threads_per_worker: int | None = None
+    feature_cache_gb: float = 4.0
+    """Target features are kept in memory up to this size and recomputed beyond it."""
+    checkpoint_every_s: float = 60.0
+    log_every_steps: int = 50
+    max_failures: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(
+            self.max_steps is not None or self.max_seconds is not None,
+            "distill.max_steps",
+            "give max_steps, max_seconds or both: the run has no end",
+        )
+        require(self.max_steps is None or self.max_steps > 0, "distill.max_steps", "must be positive")
+        require(self.max_seconds is None or self.max_seconds > 0, "distill.max_seconds", "must be positive")
+        for name in ("sequences_per_step", "anchors_per_sequence", "num_workers", "log_every_steps"):
+            require(getattr(self, name) >= 1, f"distill.{name}", "must be at least 1")
+        for name in ("beta", "weight_decay", "feature_cache_gb", "max_failures"):
+            require(getattr(self, name) >= 0, f"distill.{name}", "must not be negative")
+        for name in ("entropy_temperature", "learning_rate", "grad_clip", "checkpoint_every_s", "cpus_per_worker"):
+            require(getattr(self, name) > 0, f"distill.{name}", "must be positive")
+        require(0 <= self.ema < 1, "distill.ema", "must be in [0, 1)")
+        require(0 <= self.warmup_fraction < 1, "distill.warmup_fraction", "must be in [0, 1)")
+        require(0 <= self.decay_fraction <= 1, "distill.decay_fraction", "must be in [0, 1]")
+        require(self.decay_gamma is None or self.decay_gamma > 0, "distill.decay_gamma", "must be positive")
+        require(
+            self.head_negatives is None or self.head_negatives >= 0, "distill.head_negatives", "must not be negative"
+        )
+
+
+def published() -> DistillConfig:
+    """The training recipe of the DFlash paper (arXiv 2602.06036): 512 anchors, AdamW 6e-4, cosine, whole head."""
+    return DistillConfig(
+        anchors_per_sequence=512,
+        learning_rate=6e-4,
+        schedule="cosine",
+        warmup_fraction=0.04,
+        ema=0.0,
+        head_negatives=None,
+        max_seconds=None,
+        max_steps=100_000,
+    )

@@ -1,0 +1,28 @@
+"""What a published version is called and where it goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from unmask.config.checks import require
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishConfig:
+    """An immutable, versioned directory that a service can load."""
+
+    name: str = "dflash"
+    directory: str | None = None
+    """Where versions go; None is `<run_dir>/published`."""
+    draft: str | None = None
+    """The draft to publish; None is what `distill` made."""
+    adopt: bool = False
+    """Accept a draft that does not say which target it is for, and record this target in it."""
+    license: str = "apache-2.0"
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.name) and self.name.replace("-", "").replace("_", "").isalnum(),
+            "publish.name",
+            "must be letters, digits, '-' and '_'",
+        )

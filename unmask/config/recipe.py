@@ -1,0 +1,46 @@
+"""One run: every section of a recipe, and what must fit together between sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from unmask.config.checks import require
+from unmask.config.distill import DistillConfig, DraftConfig
+from unmask.config.evaluate import EvaluateConfig
+from unmask.config.generate import GenerateConfig
+from unmask.config.prompts import PromptsConfig
+from unmask.config.publish import PublishConfig
+from unmask.config.serve import ServeConfig
+from unmask.config.target import TargetConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """One run from prompts to a served pairing."""
+
+    run_dir: str = ".unmask/run"
+    target: TargetConfig = field(default_factory=TargetConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+
+    def __post_init__(self) -> None:
+        largest = self.draft.block_size - 1
+        for section, k in (
+            ("evaluate", self.evaluate.num_speculative_tokens),
+            ("serve", self.serve.num_speculative_tokens),
+        ):
+            require(
+                k is None or k <= largest,
+                f"{section}.num_speculative_tokens",
+                f"K = {k} exceeds block size - 1 = {largest}; lower it or raise draft.block_size",
+            )
+        require(
+            self.generate.max_new_tokens < self.target.max_model_len,
+            "generate.max_new_tokens",
+            f"must leave room for a prompt inside target.max_model_len = {self.target.max_model_len}",
+        )
