@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +19,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unmask.config import PromptsConfig
-from unmask.demo_prompts import Split, demo_rows
+from unmask.demo_prompts import Split as DemoSplit
+from unmask.demo_prompts import demo_rows
 from unmask.errors import UserError, nearest
+from unmask.word_problems import Split as ProblemSplit
+from unmask.word_problems import word_problem_rows
 
 _FORMATS = (".jsonl", ".json", ".parquet")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _PEEKED_ROWS = 20
+_BUILT_IN: dict[str, tuple[tuple[str, ...], Callable[[Any], Iterable[dict[str, Any]]]]] = {
+    "demo": (get_args(DemoSplit), demo_rows),
+    "word_problems": (get_args(ProblemSplit), lambda split: itertools.islice(word_problem_rows(split), 50_000)),
+}
+"""The project's own sources: splits, and rows by split."""
 
 _Row = dict[str, Any] | str
 """A row's values, or what is wrong with it."""
@@ -47,11 +55,12 @@ def check_source(config: PromptsConfig) -> None:
     Raises:
         UserError: missing file, unknown format or split, empty source, or no such field in it.
     """
-    if config.source == "demo":
-        if config.split not in get_args(Split):
+    if config.source in _BUILT_IN:
+        splits, _ = _BUILT_IN[config.source]
+        if config.split not in splits:
             raise UserError(
-                f"the demo has no split '{config.split}'{nearest(config.split, get_args(Split))}; "
-                f"use {', '.join(get_args(Split))}",
+                f"'{config.source}' has no split '{config.split}'{nearest(config.split, splits)}; "
+                f"use {', '.join(splits)}",
                 field="prompts.split",
             )
         return
@@ -75,8 +84,8 @@ def prompt_rows(config: PromptsConfig) -> Iterator[PromptRow]:
     Raises:
         UserError: see `check_source`; also a damaged file, or a hub data set that cannot be read.
     """
-    if config.source == "demo":
-        rows: Iterator[_Row] = iter(demo_rows(cast(Split, config.split)))
+    if config.source in _BUILT_IN:
+        rows: Iterator[_Row] = iter(_BUILT_IN[config.source][1](config.split))
     else:
         file = _file(config.source)
         rows = _hub_rows(config) if file is None else _file_rows(file)
@@ -86,7 +95,7 @@ def prompt_rows(config: PromptsConfig) -> Iterator[PromptRow]:
 
 def source_fingerprint(config: PromptsConfig) -> str:
     """What tells that a source file changed between two runs: its size and time; empty for other sources."""
-    file = None if config.source == "demo" else _file(config.source)
+    file = None if config.source in _BUILT_IN else _file(config.source)
     return "" if file is None else f"{file.stat().st_size}-{file.stat().st_mtime_ns}"
 
 
@@ -98,7 +107,8 @@ def _file(source: str) -> Path | None:
         return None
     if not path.is_file():
         raise UserError(
-            f"no file at '{source}'; give a .jsonl, .json or .parquet file, a hub data set id, or demo",
+            f"no file at '{source}'; give a .jsonl, .json or .parquet file, a hub data set id, "
+            f"or one of {', '.join(_BUILT_IN)}",
             field="prompts.source",
         )
     if _format(path) not in _FORMATS:

@@ -182,7 +182,7 @@ def test_no_text_can_forge_a_turn(builder: PromptBuilder, text: str) -> None:
         (PromptsConfig(source="s3://bucket/x"), "no file at"),
         (
             PromptsConfig(source="demo", split="trian"),
-            "prompts.split: the demo has no split 'trian' (did you mean 'train'?)",
+            "prompts.split: 'demo' has no split 'trian' (did you mean 'train'?)",
         ),
     ],
 )

@@ -14,9 +14,10 @@ from unmask.config import DistillConfig
 from unmask.decoding.speculative import speculative_decode
 from unmask.errors import UserError
 from unmask.training.budget import Budget
-from unmask.training.draft_trainer import DraftTrainer, learning_rate
+from unmask.training.draft_trainer import DraftTrainer
 from unmask.training.feature_cache import FeatureCache
 from unmask.training.head import TrainingHead
+from unmask.training.rates import learning_rate
 from unmask.training.sequences import SequenceSet, TokenSequence
 from unmask.training.training_state import resume_state, save_state
 from unmask.types import SamplingOptions

@@ -5,6 +5,7 @@ YAML and dotted overrides into them and turns every mistake into a one-line `Con
 Combinations that cannot work are refused in `__post_init__`, before any model is loaded.
 """
 
+from unmask.config.diffusion import AdaptConfig, LoraSettings, StudentConfig
 from unmask.config.distill import DistillConfig, DraftConfig, published
 from unmask.config.evaluate import EvaluateConfig
 from unmask.config.generate import GenerateConfig
@@ -13,17 +14,22 @@ from unmask.config.publish import PublishConfig
 from unmask.config.recipe import Recipe
 from unmask.config.serve import ServeConfig
 from unmask.config.target import EMBEDDED_TARGET, TargetConfig
+from unmask.config.training import TrainingConfig
 
 __all__ = [
     "EMBEDDED_TARGET",
+    "AdaptConfig",
     "DistillConfig",
     "DraftConfig",
     "EvaluateConfig",
     "GenerateConfig",
+    "LoraSettings",
     "PromptsConfig",
     "PublishConfig",
     "Recipe",
     "ServeConfig",
+    "StudentConfig",
     "TargetConfig",
+    "TrainingConfig",
     "published",
 ]

@@ -39,13 +39,18 @@ def certainty_entropy(
 
 @dataclass(frozen=True, slots=True)
 class CertaintyForcing:
-    """The loss of one view and its parts, each a mean over the view's positions."""
+    """The parts of one view's loss, with their gradient graphs, and the numbers of positions that they are means of."""
 
-    loss: torch.Tensor
     cross_entropy: torch.Tensor
     entropy: torch.Tensor
     num_positions: int
     num_right: torch.Tensor
+    beta: float
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """CE(S) + beta * ENT(S)."""
+        return self.cross_entropy + self.beta * self.entropy
 
 
 def certainty_forcing_loss(
@@ -66,10 +71,4 @@ def certainty_forcing_loss(
     cross_entropy = total / max(num_positions, 1)
     valid_N = torch.ones_like(labels_N, dtype=torch.bool)
     entropy, num_right = certainty_entropy(logits_NV, labels_N, valid_N, temperature)
-    return CertaintyForcing(
-        loss=cross_entropy + beta * entropy,
-        cross_entropy=cross_entropy.detach(),
-        entropy=entropy.detach(),
-        num_positions=num_positions,
-        num_right=num_right,
-    )
+    return CertaintyForcing(cross_entropy, entropy, num_positions, num_right, beta)

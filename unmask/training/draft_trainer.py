@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from unmask.models.dflash import DFlashDraft
 from unmask.objectives.drafting import AnchoredBlocks, choose_anchors, cut_blocks, decay_weights, drafting_loss
 from unmask.training.feature_cache import FeatureCache
 from unmask.training.head import TrainingHead
+from unmask.training.rates import learning_rate
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over ranks (in place or not) and returns it; the identity on one."""
@@ -154,14 +154,3 @@ class DraftingForward(nn.Module):
         mask = dense_mask(anchors_BM, self.draft.config.block_size, num_context)
         hidden = self.draft(block, positions_BMQ.flatten(1, 2), context_k, context_v, mask)
         return hidden.unflatten(1, ids_BMQ.shape[1:])
-
-
-def learning_rate(config: DistillConfig, progress: float) -> float:
-    """The rate at a share of the budget: linear warm-up, then constant and linear decay, or cosine to 0."""
-    if progress < config.warmup_fraction:
-        return config.learning_rate * progress / config.warmup_fraction
-    if config.schedule == "cosine":
-        after = (progress - config.warmup_fraction) / (1 - config.warmup_fraction)
-        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(after, 1.0)))
-    left = max(1.0 - progress, 0.0)
-    return config.learning_rate * min(1.0, left / config.decay_fraction if config.decay_fraction else 1.0)

@@ -5,19 +5,38 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unmask.files import atomic_directory, verify_directory
-from unmask.training.draft_trainer import DraftTrainer
 
 _TENSORS = "state.safetensors"
 _META = "state.json"
 
 
-def save_state(directory: Path, trainer: DraftTrainer, meta: dict[str, Any], keep: int = 2) -> Path:
+class Trainer(Protocol):
+    """What can be saved and resumed."""
+
+    steps_done: int
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser whose moments are part of the state."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Groups of tensors by name, `optimizer` (its own state), and `steps_done`."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`; groups that held no tensor may be missing."""
+        ...
+
+
+def save_state(directory: Path, trainer: Trainer, meta: dict[str, Any], keep: int = 2) -> Path:
     """Write `step-NNNNNNNN` under a directory atomically, then remove all but the newest `keep`.
 
     Args:
@@ -33,7 +52,7 @@ def save_state(directory: Path, trainer: DraftTrainer, meta: dict[str, Any], kee
     return path
 
 
-def resume_state(directory: Path, trainer: DraftTrainer) -> dict[str, Any] | None:
+def resume_state(directory: Path, trainer: Trainer) -> dict[str, Any] | None:
     """Load the newest checkpoint whose checksums hold; its meta, or None if there is none."""
     for path in reversed(_steps(directory)):
         if not verify_directory(path):
@@ -49,23 +68,21 @@ def _steps(directory: Path) -> list[Path]:
 
 
 def _flatten(state: dict[str, Any]) -> dict[str, Tensor]:
-    tensors = {f"{part}.{n}": t for part in ("draft", "average") for n, t in state[part].items()}
-    for index, moments in state["optimizer"]["state"].items():
-        tensors |= {f"optimizer.{index}.{n}": t for n, t in moments.items()}
+    groups = {part: tensors for part, tensors in state.items() if part not in ("optimizer", "steps_done")}
+    groups |= {f"optimizer.{index}": moments for index, moments in state["optimizer"]["state"].items()}
+    tensors = {f"{part}.{name}": tensor for part, group in groups.items() for name, tensor in group.items()}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _unflatten(tensors: dict[str, Tensor], trainer: DraftTrainer) -> dict[str, Any]:
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
+def _unflatten(tensors: dict[str, Tensor], trainer: Trainer) -> dict[str, Any]:
+    state: dict[str, Any] = {}
     moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in part("optimizer.").items():
-        index, _, key = name.partition(".")
-        moments.setdefault(int(index), {})[key] = tensor
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        if part == "optimizer":
+            index, _, key = rest.partition(".")
+            moments.setdefault(int(index), {})[key] = tensor
+        else:
+            state.setdefault(part, {})[rest] = tensor
     groups = trainer.optimizer.state_dict()["param_groups"]
-    return {
-        "draft": part("draft."),
-        "average": part("average."),
-        "optimizer": {"state": moments, "param_groups": groups},
-    }
+    return state | {"optimizer": {"state": moments, "param_groups": groups}}
