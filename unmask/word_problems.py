@@ -15,7 +15,7 @@ from typing import Literal, get_args
 Split = Literal["train", "test"]
 TEST_SHARE = 0.1
 """Share of the templates that are kept for the test split."""
-MOST = 999
+MOST = 500
 """No number of a problem is larger."""
 
 
@@ -163,16 +163,16 @@ def _problem(setting: Setting, operations: tuple[str, ...], rng: random.Random) 
 def _apply(operation: str, value: int, rng: random.Random) -> tuple[int, int] | None:
     """(operand, result) of an operation on a number, or None where it cannot be done."""
     if operation == "gain":
-        operand = rng.randint(2, 99)
+        operand = rng.randint(2, 60)
         result = value + operand
     elif operation == "lose":
-        operand = rng.randint(2, 99)
+        operand = rng.randint(2, 60)
         result = value - operand
     elif operation == "double":
         operand, result = 2, value * 2
     elif operation == "halve":
         operand, result = 2, value // 2 if value % 2 == 0 else 0
     else:
-        operand = rng.randint(3, 6)
+        operand = rng.randint(3, 5)
         result = value * operand
     return (operand, result) if 0 < result <= MOST else None

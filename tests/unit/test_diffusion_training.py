@@ -166,7 +166,7 @@ def test_shares_of_ranks_average_to_the_pooled_mean() -> None:
 
 
 def test_responses_are_ended_filled_up_and_dropped_where_too_long() -> None:
-    rows = [TokenSequence((5, 6, 7), 1), TokenSequence((5, 6, EOS), 2), TokenSequence((5, *range(4, 12)), 1)]
+    rows = [TokenSequence((5, 6, 7), 1), TokenSequence((5, 6, EOS), 2), TokenSequence((5, *range(4, 13)), 1)]
     kept = fitting(rows, RESPONSE, EOS)
     assert [row.ids for row in kept] == [(5, 6, 7, EOS), (5, 6, EOS)]
     batch = diffusion_batch(kept, RESPONSE, EOS, 11)

@@ -33,9 +33,14 @@ class DiffusionBatch:
 
 
 def fitting(sequences: Iterable[TokenSequence], response_length: int, eos_id: int) -> list[TokenSequence]:
-    """The sequences whose response fits, each ended by EOS if it is not already."""
-    ended = (s if s.ids[-1] == eos_id else TokenSequence((*s.ids, eos_id), s.prompt_length) for s in sequences)
-    return [s for s in ended if len(s.ids) - s.prompt_length <= response_length]
+    """The sequences whose response fits, each ended by EOS unless it is already or was cut at that very length."""
+    kept = []
+    for sequence in sequences:
+        room = response_length - (len(sequence.ids) - sequence.prompt_length)
+        if room >= 0:
+            ended = room == 0 or sequence.ids[-1] == eos_id
+            kept.append(sequence if ended else TokenSequence((*sequence.ids, eos_id), sequence.prompt_length))
+    return kept
 
 
 def diffusion_batch(

@@ -52,7 +52,8 @@ class DiffusionTrainer(ABC, Generic[C]):
         self.reduce, self.world_size = reduce, world_size
         self.device = network.device
         self.response_length = response_length
-        self.num_columns = max(s.prompt_length for s in sequences.sequences) + response_length
+        longest = max(s.prompt_length for s in sequences.sequences) + response_length
+        self.num_columns = -(-longest // 16) * 16  # one shape for all steps, and one that attention kernels like
         self.trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.trained.values(),

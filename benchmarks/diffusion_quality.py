@@ -1,0 +1,288 @@
+"""Decoders of diffusion LMs, measured against one another on one GPU: accuracy, forwards, tokens per second.
+
+    python -m benchmarks.diffusion_quality --work /tmp/quality --out benchmarks/results/diffusion_quality.json
+
+From SmolLM2-135M-Instruct it makes the networks of `diffusion_models.py` (word problems of several steps, templates
+held out), then decodes 512 test problems with every decoder and setting in one run. `--work` keeps networks, so an
+interrupted run goes on. `--tiny` proves the script on a CPU: its figures mean nothing. `--ar-vllm` adds the fine-tuned
+causal LM in vLLM, `--gsm8k` a GSM8K test file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import itertools
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.diffusion_models import Scale, Task, Workshop, decode
+from unmask.decoding.request import Completion
+from unmask.evaluation.diffusion import accuracy_under_parallelism, commit_order, summarise
+from unmask.models import adapted
+from unmask.models.transformer import DiffusionLM
+from unmask.targets import resolve_target
+from unmask.word_problems import word_problem_rows
+
+TINY = Scale(
+    rows=64, trajectories=8, response_length=128, batch=4, device="cpu", keep_wrong=True,
+    seconds={"fine_tuned": 1, "teacher": 1, "dparallel": 1, "d2f": 1},
+)  # fmt: skip
+TINY_SHAPE = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One line of the table."""
+
+    checkpoint: str
+    decoder: str
+    knobs: dict[str, Any]
+    timed: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `build_decoder` takes."""
+        return {"name": self.decoder, **self.knobs}
+
+
+def settings() -> list[Setting]:
+    """Every decoder on the networks it is for; the first is the quality ceiling."""
+    block = {"block_size": 32}
+    table = [Setting("teacher", "one_token", block, timed=True)]
+    for threshold in (0.9, 0.7, 0.5):
+        table.append(Setting("teacher", "threshold", {**block, "threshold": threshold}, timed=threshold == 0.9))
+    dual = {**block, "threshold": 0.9, "cache": "dual"}
+    table.append(Setting("teacher", "threshold", dual, timed=True))
+    for threshold in (0.5, 0.2, 1.0):
+        table.append(Setting("dparallel", "dparallel", {**block, "threshold": threshold}, timed=threshold == 0.5))
+    table.append(Setting("dparallel", "dparallel", {**block, "threshold": 0.5, "cache": "dual"}, timed=True))
+    for confidence in (0.9, 0.7, 0.5):
+        knobs = {"block_size": 16, "tau_conf": confidence}
+        table.append(Setting("d2f", "d2f", knobs, timed=confidence == 0.9))
+    for threshold in (0.5, 0.2, 1.0):
+        knobs = {"block_size": 16, "tau_entropy": threshold}
+        table.append(Setting("dparallel_d2f", "d2f", knobs, timed=threshold == 0.5))
+    for weight, window, ahead in (
+        (0.5, None, 128), (0.7, None, 128), (0.9, None, 128), (0.7, 32, 128), (0.7, None, 32),
+    ):  # fmt: skip
+        knobs = {"mixture_weight": weight, "kv_window": window, "max_lookahead": ahead}
+        table.append(Setting("dparallel", "apd", knobs))
+    table.append(Setting("teacher", "apd", {"mixture_weight": 0.7, "kv_window": None, "max_lookahead": 128}))
+    return table
+
+
+class Table:
+    """Rows as they come, written to disk after each."""
+
+    def __init__(self, out: Path, gpu: str, workshop: Workshop) -> None:
+        self.out, self.gpu, self.workshop = out, gpu, workshop
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, setting: Setting, task: str, batch: int, speed: float, figures: dict[str, Any]) -> None:
+        """One row of the published file."""
+        row = {
+            "decoder": setting.decoder, "checkpoint": setting.checkpoint, "settings": setting.knobs, "task": task,
+            **figures, "tokens_per_second": speed, "batch": batch, "gpu": self.gpu,
+        }  # fmt: skip
+        self.rows.append(row)
+        short = {k: round(v, 2) if isinstance(v, float) else v for k, v in figures.items() if k != "ci95"}
+        name = f"{setting.checkpoint:>14} {setting.decoder:<10} {setting.knobs}"
+        print(f"{name} b{batch} {speed:.0f} tok/s {short}", flush=True)
+        self.save()
+
+    def save(self) -> None:
+        """All rows with what was trained, and the area under accuracy over parallelism of each system."""
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for row in self.rows:
+            if row["task"] == "word_problems" and row.get("accuracy") is not None:
+                name = f"{row['checkpoint']}/{row['decoder']}{'-' + c if (c := row['settings'].get('cache')) else ''}"
+                curves.setdefault(name, []).append((row["tpf"], row["accuracy"]))
+        best = max((y for points in curves.values() for _, y in points), default=None)
+        aup = {name: accuracy_under_parallelism(points, best) for name, points in curves.items()}
+        tree = {"rows": self.rows, "aup": aup, "training": self.workshop.log}
+        self.out.write_text(json.dumps(tree, indent=1) + "\n")
+
+
+def evaluate(table: Table, task: Task, networks: Callable[[str], DiffusionLM], scale: Scale, count: int) -> None:
+    """Accuracy and forwards of every setting on the test split, and the speed of the timed ones."""
+    rows = list(itertools.islice(word_problem_rows("test"), count))
+    prompts = task.prompts([row["prompt"] for row in rows])
+    heats = {}
+    for setting in settings():
+        network = networks(setting.checkpoint)
+        verifier = networks("fine_tuned") if setting.decoder == "apd" else None
+        start = time.monotonic()
+        done = decode(network, setting.settings, prompts, scale, verifier=verifier)
+        speed = rate(done, time.monotonic() - start)
+        summary = summarise(done, lambda index, ids: task.is_right(rows[index], ids))
+        table.add(setting, "word_problems", min(256, count), speed, asdict(summary))
+        if setting.timed:
+            heats[f"{setting.checkpoint}_{setting.decoder}"] = commit_order(done, scale.response_length).tolist()
+    table.out.with_suffix(".order.json").write_text(json.dumps(heats))
+
+
+def measure_speed(table: Table, task: Task, networks: Callable[[str], DiffusionLM], scale: Scale) -> None:
+    """Tokens per second at batch 1 and 32 with CUDA graphs; every setting is run once before it is timed."""
+    rows = list(itertools.islice(word_problem_rows("test"), 128 if scale.device == "cuda" else 2))
+    prompts = task.prompts([row["prompt"] for row in rows])
+    for batch, setting in itertools.product((1, 32), [s for s in settings() if s.timed]):
+        chosen = prompts[: 8 if batch == 1 else len(prompts)]
+        network = networks(setting.checkpoint)
+        speeds = []
+        for _ in range(2):
+            start = time.monotonic()
+            done = decode(network, setting.settings, chosen, scale, max_rows=batch, graphs=scale.device == "cuda")
+            speeds.append(rate(done, time.monotonic() - start))
+        summary = summarise(done, lambda index, ids: task.is_right(rows[index], ids))
+        figures = {k: v for k, v in asdict(summary).items() if k in ("n", "nfe", "tpf")}
+        table.add(setting, "word_problems_speed", batch, speeds[-1], {**figures, "accuracy": None, "ci95": None})
+
+
+def evaluate_gsm8k(table: Table, task: Task, networks: Callable[[str], DiffusionLM], scale: Scale, path: Path) -> None:
+    """GSM8K test, which nothing here was trained for: exact match of the last number."""
+    with gzip.open(path, "rt") as file:
+        rows = [json.loads(line) for line in itertools.islice(file, 256 if scale.device == "cuda" else 2)]
+    prompts = task.prompts([row["question"] for row in rows])
+    answers = [row["answer"].rpartition("#### ")[2].replace(",", "") for row in rows]
+
+    def is_right(index: int, ids: list[int]) -> bool:
+        numbers = re.findall(r"-?\d[\d,]*", task.tokenizer.decode(ids, skip_special_tokens=True))
+        return bool(numbers) and numbers[-1].replace(",", "") == answers[index]
+
+    first = {(s.checkpoint, s.decoder): s for s in reversed(settings()) if s.decoder != "apd"}
+    for setting in first.values():
+        start = time.monotonic()
+        done = decode(networks(setting.checkpoint), setting.settings, prompts, scale, max_rows=128)
+        figures = asdict(summarise(done, is_right))
+        table.add(setting, "gsm8k_test", min(128, len(rows)), rate(done, time.monotonic() - start), figures)
+
+
+def measure_ar(table: Table, task: Task, path: Path, count: int) -> None:
+    """The fine-tuned causal LM in vLLM, all test problems at once and one by one."""
+    from vllm import LLM, SamplingParams
+
+    rows = list(itertools.islice(word_problem_rows("test"), count))
+    prompts = [{"prompt_token_ids": ids} for ids in task.prompts([row["prompt"] for row in rows])]
+    llm = LLM(str(path), max_model_len=512, gpu_memory_utilization=0.3)
+    for batch, chosen in ((1, [[p] for p in prompts[:16]]), (count, [prompts])):
+        llm.generate(chosen[0], SamplingParams(temperature=0, max_tokens=128))
+        start = time.monotonic()
+        done = [o for c in chosen for o in llm.generate(c, SamplingParams(temperature=0, max_tokens=128))]
+        seconds = time.monotonic() - start
+        ids = [list(o.outputs[0].token_ids) for o in done]
+        completions = [
+            Completion(
+                request_id=str(i), response_ids=tokens, finish_reason="stop", num_forwards=len(tokens),
+                forwards_at_eos=len(tokens), commit_step=list(range(1, len(tokens) + 1)),
+                num_text_tokens=len(tokens) - 1,
+            )
+            for i, tokens in enumerate(ids)
+        ]  # fmt: skip
+        summary = summarise(completions, lambda index, response: task.is_right(rows[index], response))
+        setting = Setting("fine_tuned", "autoregressive", {"engine": "vllm"})
+        table.add(setting, "word_problems", batch, rate(completions, seconds), asdict(summary))
+
+
+def rate(done: list[Completion], seconds: float) -> float:
+    """Response tokens before the stop id, a second."""
+    return sum(c.num_text_tokens for c in done) / seconds
+
+
+def loader(workshop: Workshop) -> Callable[[str], DiffusionLM]:
+    """Networks by name, each loaded once."""
+    makers: dict[str, Callable[[], DiffusionLM]] = {
+        "fine_tuned": workshop.fine_tuned,
+        "teacher": workshop.teacher,
+        "dparallel": workshop.dparallel,
+        "d2f": workshop.d2f,
+        "dparallel_d2f": lambda: workshop.d2f("dparallel"),
+    }
+    made: dict[str, DiffusionLM] = {}
+
+    def load(name: str) -> DiffusionLM:
+        if name not in made:
+            made[name] = makers[name]()
+        return made[name]
+
+    return load
+
+
+def tiny_base(base: Path, path: Path) -> Path:
+    """A causal LM of the same vocabulary with small random weights."""
+    from transformers import AutoTokenizer
+
+    config = json.loads((base / "config.json").read_text()) | TINY_SHAPE
+    adapted.save(adapted.build(config), path)
+    AutoTokenizer.from_pretrained(base, local_files_only=True).save_pretrained(path)
+    return path
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder of the networks")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the rows")
+    parser.add_argument("--tiny", action="store_true", help="a few steps on a CPU")
+    parser.add_argument("--gsm8k", type=Path, help="GSM8K test set (.jsonl.gz)")
+    parser.add_argument("--ar-vllm", action="store_true", help="measure the fine-tuned causal LM in vLLM as well")
+    parser.add_argument("--train-only", action="store_true", help="make the networks and stop")
+    parser.add_argument("--seconds", type=int, nargs=4, default=(60, 240, 90, 90), metavar="S",
+                        help="training budgets: fine_tuned teacher dparallel d2f")  # fmt: skip
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train what is missing, then measure everything."""
+    from transformers import AutoTokenizer
+
+    options = arguments()
+    torch.set_float32_matmul_precision("high")
+    names = ("fine_tuned", "teacher", "dparallel", "d2f")
+    scale = TINY if options.tiny else Scale(
+        rows=60_000, trajectories=6144, response_length=128, batch=128, device="cuda",
+        seconds=dict(zip(names, options.seconds, strict=True)),
+    )  # fmt: skip
+    options.work.mkdir(parents=True, exist_ok=True)
+    base = resolve_target("embedded:smollm2-135m-instruct", None)
+    if options.tiny:
+        base = tiny_base(base, options.work / "base")
+    task = Task(AutoTokenizer.from_pretrained(base, local_files_only=True), scale.response_length)
+    workshop = Workshop(base, options.work, task, scale)
+    networks = loader(workshop)
+    gpu = torch.cuda.get_device_name() if scale.device == "cuda" else "cpu"
+    table = Table(options.out, gpu, workshop)
+    for step in measurements(table, task, networks, scale, options):
+        step()
+    table.save()
+
+
+def measurements(
+    table: Table, task: Task, networks: Callable[[str], DiffusionLM], scale: Scale, options: argparse.Namespace
+) -> Iterator[Callable[[], None]]:
+    """What the command line asks for, in order."""
+    count = 2 if options.tiny else 512
+    for name in ("fine_tuned", "teacher", "dparallel", "d2f", "dparallel_d2f"):
+        yield lambda name=name: networks(name)
+    if options.train_only:
+        return
+    yield lambda: evaluate(table, task, networks, scale, count)
+    yield lambda: measure_speed(table, task, networks, scale)
+    if options.gsm8k:
+        yield lambda: evaluate_gsm8k(table, task, networks, scale, options.gsm8k)
+    if options.ar_vllm:
+        yield lambda: measure_ar(table, task, options.work / "fine_tuned", count)
+
+
+if __name__ == "__main__":
+    main()
