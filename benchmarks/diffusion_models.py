@@ -117,7 +117,9 @@ class Workshop:
         """The teacher after certainty forcing."""
 
         def train() -> DiffusionLM:
-            config = StudentConfig(learning_rate=1e-4, ema=0.99, **self._common("dparallel", self.scale.batch // 2))
+            config = StudentConfig(
+                block_size=16, learning_rate=1e-4, ema=0.99, **self._common("dparallel", self.scale.batch // 2)
+            )
             network = self.teacher().float()
             return self._train("dparallel", CertaintyForcingTrainer, network, self._own("teacher"), config)
 
@@ -200,7 +202,7 @@ class Workshop:
             rows = list(itertools.islice(word_problem_rows("train", seed=1), self.scale.trajectories))
             network = families.load(self.work / source, dtype=self.scale.dtype, device=self.scale.device)
             start = time.monotonic()
-            settings = {"name": "threshold", "threshold": 0.9, "block_size": 32, "cache": "dual"}
+            settings = {"name": "threshold", "threshold": 0.9, "block_size": 16, "cache": "dual"}
             done = decode(network, settings, self.task.prompts([row["prompt"] for row in rows]), self.scale)
             right = [
                 (row, c)
@@ -249,22 +251,22 @@ def decode(
     *,
     verifier: DiffusionLM | None = None,
     max_rows: int = 256,
-    graphs: bool = False,
 ) -> list[Completion]:
     """Decode prompts with continuous batching; completions in the order of the prompts."""
-    requests = [
-        DecodeRequest(
-            request_id=str(i), prompt_ids=tuple(ids), options=SamplingOptions(max_tokens=scale.response_length)
-        )
-        for i, ids in enumerate(prompts)
-    ]
+    requests = requests_of(prompts, scale)
     decoder = build_decoder(settings, network, verifier=verifier)
-    engine = DiffusionEngine(decoder.cached_models, engine_config(requests, max_rows, graphs))
+    engine = DiffusionEngine(decoder.cached_models, engine_config(requests, max_rows))
     done = {c.request_id: c for c in engine.run(requests, decoder)}
     return [done[request.request_id] for request in requests]
 
 
-def engine_config(requests: Sequence[DecodeRequest], max_rows: int, graphs: bool) -> EngineConfig:
+def requests_of(prompts: Sequence[Sequence[int]], scale: Scale) -> list[DecodeRequest]:
+    """One greedy request a prompt, all of the same response length."""
+    options = SamplingOptions(max_tokens=scale.response_length)
+    return [DecodeRequest(request_id=str(i), prompt_ids=tuple(ids), options=options) for i, ids in enumerate(prompts)]
+
+
+def engine_config(requests: Sequence[DecodeRequest], max_rows: int, graphs: bool = False) -> EngineConfig:
     """Bounds that let all rows of these requests run in one forward."""
     longest = -(-max(request.length for request in requests) // 16) * 16
     return EngineConfig(

@@ -19,13 +19,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
-from benchmarks.diffusion_models import Scale, Task, Workshop, decode
+from benchmarks.diffusion_models import Scale, Task, Workshop, decode, engine_config, requests_of
+from unmask.decoding.engine import DiffusionEngine
+from unmask.decoding.registry import build_decoder
 from unmask.decoding.request import Completion
 from unmask.evaluation.diffusion import accuracy_under_parallelism, commit_order, summarise
+from unmask.evaluation.diffusion_plots import plot_commit_order, plot_speed_accuracy
 from unmask.models import adapted
 from unmask.models.transformer import DiffusionLM
 from unmask.targets import resolve_target
@@ -58,27 +63,25 @@ class Setting:
 
 def settings() -> list[Setting]:
     """Every decoder on the networks it is for; the first is the quality ceiling."""
-    block = {"block_size": 32}
+    block = {"block_size": 16}
     table = [Setting("teacher", "one_token", block, timed=True)]
-    for threshold in (0.9, 0.7, 0.5):
+    for threshold in (0.9, 0.97, 0.99, 0.7):
         table.append(Setting("teacher", "threshold", {**block, "threshold": threshold}, timed=threshold == 0.9))
     dual = {**block, "threshold": 0.9, "cache": "dual"}
     table.append(Setting("teacher", "threshold", dual, timed=True))
-    for threshold in (0.5, 0.2, 1.0):
-        table.append(Setting("dparallel", "dparallel", {**block, "threshold": threshold}, timed=threshold == 0.5))
-    table.append(Setting("dparallel", "dparallel", {**block, "threshold": 0.5, "cache": "dual"}, timed=True))
-    for confidence in (0.9, 0.7, 0.5):
-        knobs = {"block_size": 16, "tau_conf": confidence}
-        table.append(Setting("d2f", "d2f", knobs, timed=confidence == 0.9))
-    for threshold in (0.5, 0.2, 1.0):
-        knobs = {"block_size": 16, "tau_entropy": threshold}
-        table.append(Setting("dparallel_d2f", "d2f", knobs, timed=threshold == 0.5))
+    for threshold in (0.5, 0.2, 0.1, 0.05, 0.02):
+        table.append(Setting("dparallel", "dparallel", {**block, "threshold": threshold}, timed=threshold == 0.1))
+    table.append(Setting("dparallel", "dparallel", {**block, "threshold": 0.1, "cache": "dual"}, timed=True))
+    for confidence in (0.9, 0.95, 0.98, 0.7):
+        table.append(Setting("d2f", "d2f", {**block, "tau_conf": confidence}, timed=confidence == 0.9))
+    for threshold in (0.5, 0.2, 0.1, 0.05):
+        table.append(Setting("dparallel_d2f", "d2f", {**block, "tau_entropy": threshold}, timed=threshold == 0.1))
     for weight, window, ahead in (
-        (0.5, None, 128), (0.7, None, 128), (0.9, None, 128), (0.7, 32, 128), (0.7, None, 32),
+        (0.3, None, 128), (0.5, None, 128), (0.7, None, 128), (0.9, None, 128), (0.5, 32, 128), (0.5, None, 32),
     ):  # fmt: skip
         knobs = {"mixture_weight": weight, "kv_window": window, "max_lookahead": ahead}
         table.append(Setting("dparallel", "apd", knobs))
-    table.append(Setting("teacher", "apd", {"mixture_weight": 0.7, "kv_window": None, "max_lookahead": 128}))
+    table.append(Setting("teacher", "apd", {"mixture_weight": 0.5, "kv_window": None, "max_lookahead": 128}))
     return table
 
 
@@ -88,6 +91,7 @@ class Table:
     def __init__(self, out: Path, gpu: str, workshop: Workshop) -> None:
         self.out, self.gpu, self.workshop = out, gpu, workshop
         self.rows: list[dict[str, Any]] = []
+        self.heats: dict[str, list[list[float]]] = {}
 
     def add(self, setting: Setting, task: str, batch: int, speed: float, figures: dict[str, Any]) -> None:
         """One row of the published file."""
@@ -102,23 +106,35 @@ class Table:
         self.save()
 
     def save(self) -> None:
-        """All rows with what was trained, and the area under accuracy over parallelism of each system."""
-        curves: dict[str, list[tuple[float, float]]] = {}
-        for row in self.rows:
-            if row["task"] == "word_problems" and row.get("accuracy") is not None:
-                name = f"{row['checkpoint']}/{row['decoder']}{'-' + c if (c := row['settings'].get('cache')) else ''}"
-                curves.setdefault(name, []).append((row["tpf"], row["accuracy"]))
+        """All rows; beside them what was trained, and the area under accuracy over parallelism of each system."""
+        self.out.write_text(json.dumps(self.rows, indent=1) + "\n")
+        curves = self.curves()
         best = max((y for points in curves.values() for _, y in points), default=None)
         aup = {name: accuracy_under_parallelism(points, best) for name, points in curves.items()}
-        tree = {"rows": self.rows, "aup": aup, "training": self.workshop.log}
-        self.out.write_text(json.dumps(tree, indent=1) + "\n")
+        self.out.with_suffix(".run.json").write_text(
+            json.dumps({"training": self.workshop.log, "aup": aup, "commit_order": self.heats}) + "\n"
+        )
+
+    def curves(self) -> dict[str, list[tuple[float, float]]]:
+        """(TPF, accuracy) of every setting of a system on the test split."""
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for row in self.rows:
+            if row["task"] == "word_problems":
+                cache = row["settings"].get("cache")
+                name = f"{row['checkpoint']}, {row['decoder']}{f' {cache} cache' if cache else ''}"
+                curves.setdefault(name, []).append((row["tpf"], row["accuracy"]))
+        return curves
+
+    def plot(self) -> None:
+        """Speed-accuracy curves and commitment orders, beside the rows."""
+        plot_speed_accuracy(self.curves(), self.out.with_suffix(".png"))
+        plot_commit_order({n: np.asarray(heat) for n, heat in self.heats.items()}, self.out.with_suffix(".order.png"))
 
 
 def evaluate(table: Table, task: Task, networks: Callable[[str], DiffusionLM], scale: Scale, count: int) -> None:
     """Accuracy and forwards of every setting on the test split, and the speed of the timed ones."""
     rows = list(itertools.islice(word_problem_rows("test"), count))
     prompts = task.prompts([row["prompt"] for row in rows])
-    heats = {}
     for setting in settings():
         network = networks(setting.checkpoint)
         verifier = networks("fine_tuned") if setting.decoder == "apd" else None
@@ -127,26 +143,28 @@ def evaluate(table: Table, task: Task, networks: Callable[[str], DiffusionLM], s
         speed = rate(done, time.monotonic() - start)
         summary = summarise(done, lambda index, ids: task.is_right(rows[index], ids))
         table.add(setting, "word_problems", min(256, count), speed, asdict(summary))
-        if setting.timed:
-            heats[f"{setting.checkpoint}_{setting.decoder}"] = commit_order(done, scale.response_length).tolist()
-    table.out.with_suffix(".order.json").write_text(json.dumps(heats))
+        if setting.timed and "cache" not in setting.knobs:
+            heat = commit_order(done, scale.response_length).round(4).tolist()
+            table.heats[f"{setting.checkpoint}, {setting.decoder}"] = heat
 
 
 def measure_speed(table: Table, task: Task, networks: Callable[[str], DiffusionLM], scale: Scale) -> None:
-    """Tokens per second at batch 1 and 32 with CUDA graphs; every setting is run once before it is timed."""
-    rows = list(itertools.islice(word_problem_rows("test"), 128 if scale.device == "cuda" else 2))
+    """Tokens per second at batch 1 and 32 with CUDA graphs: the median of three passes of an engine that is warm."""
+    rows = list(itertools.islice(word_problem_rows("test"), 96 if scale.device == "cuda" else 2))
     prompts = task.prompts([row["prompt"] for row in rows])
     for batch, setting in itertools.product((1, 32), [s for s in settings() if s.timed]):
-        chosen = prompts[: 8 if batch == 1 else len(prompts)]
-        network = networks(setting.checkpoint)
+        requests = requests_of(prompts[: 8 if batch == 1 else len(prompts)], scale)
+        decoder = build_decoder(setting.settings, networks(setting.checkpoint))
+        engine = DiffusionEngine(decoder.cached_models, engine_config(requests, batch, scale.device == "cuda"))
+        done = list(engine.run(requests, decoder))  # graphs are captured here
         speeds = []
-        for _ in range(2):
+        for _ in range(3):
             start = time.monotonic()
-            done = decode(network, setting.settings, chosen, scale, max_rows=batch, graphs=scale.device == "cuda")
+            done = list(engine.run(requests, decoder))
             speeds.append(rate(done, time.monotonic() - start))
-        summary = summarise(done, lambda index, ids: task.is_right(rows[index], ids))
-        figures = {k: v for k, v in asdict(summary).items() if k in ("n", "nfe", "tpf")}
-        table.add(setting, "word_problems_speed", batch, speeds[-1], {**figures, "accuracy": None, "ci95": None})
+        summary = summarise(done, lambda index, ids: True)
+        figures = {"n": summary.n, "accuracy": None, "ci95": None, "nfe": summary.nfe, "tpf": summary.tpf}
+        table.add(setting, "word_problems_speed", batch, median(speeds), figures)
 
 
 def evaluate_gsm8k(table: Table, task: Task, networks: Callable[[str], DiffusionLM], scale: Scale, path: Path) -> None:
@@ -265,6 +283,8 @@ def main() -> None:
     for step in measurements(table, task, networks, scale, options):
         step()
     table.save()
+    if table.rows:
+        table.plot()
 
 
 def measurements(
