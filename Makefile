@@ -1,13 +1,15 @@
 # make demo   the whole line on this machine: prompts to a served pairing, about 15 minutes on two cores
-# make test   lint, types, layers and all tests that need no GPU
+# make test   lint, types, layers and the tests that need no GPU
+# make test-all   the same with the slow ones: floods, long kill series
 # Both set up what they need in .venv; a second run installs nothing.
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
-SYSTEM_TESTS ?= tests/learning tests/vllm tests/ray tests/serve
+SYSTEM_TESTS ?= tests/learning tests/vllm tests/ray tests/serve tests/fault tests/overload
+CHOSEN ?= not gpu and not slow
 QUIET := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup demo test unit lint gpu-test clean
+.PHONY: setup demo test test-all reliability unit lint gpu-test clean
 
 setup:
 	@requirements/install.sh $(VENV)
@@ -22,13 +24,20 @@ lint: setup
 	$(VENV)/bin/lint-imports
 
 unit: setup
-	$(QUIET) OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto tests/unit
+	$(QUIET) OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m "$(CHOSEN)" tests/unit
 
 # One after another, each in a process of its own: they start engines and clusters that fill the machine.
 test: lint unit
 	@set -e; for suite in $(SYSTEM_TESTS); do \
-	    echo "== $$suite"; $(QUIET) $(PY) -m pytest -q -m "not gpu" $$suite; \
+	    echo "== $$suite"; $(QUIET) $(PY) -m pytest -q -m "$(CHOSEN)" $$suite; \
 	done
+
+test-all:
+	@$(MAKE) test CHOSEN="not gpu"
+
+# Writes docs/reliability.md from what the fault tests last measured.
+reliability:
+	$(PY) -m tests.fault.report
 
 gpu-test:
 	$(PY) -m pytest -q -m gpu tests/gpu

@@ -59,7 +59,10 @@ class KeyFile:
 
 
 class RequireKey:
-    """ASGI middleware that answers 401 on every path but `OPEN_PATHS` without an accepted key."""
+    """ASGI middleware that answers 401 on every path but `OPEN_PATHS` without an accepted key.
+
+    Requests go on with `request.state.api_key`, the hash of their key, by which clients are told apart.
+    """
 
     def __init__(self, app: ASGIApp, keys: KeyFile) -> None:
         self._app = app
@@ -67,7 +70,9 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request or refuse it."""
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._keys.accepts(_bearer(scope)):
+        key = _bearer(scope) if scope["type"] == "http" else ""
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._keys.accepts(key):
+            scope.setdefault("state", {})["api_key"] = hash_key(key)
             await self._app(scope, receive, send)
             return
         await errors.unauthorized().response()(scope, receive, send)

@@ -92,6 +92,7 @@ class Generation:
         admission: Admission,
         decode: Decode,
         deadline_s: float,
+        api_key: str = "",
     ) -> None:
         self.started = time.perf_counter()
         self.admitted: float | None = None
@@ -99,6 +100,7 @@ class Generation:
         self._specs = specs
         self._backend = backend
         self._admission = admission
+        self._api_key = api_key
         self._decode = decode
         self._deadline_s = deadline_s
         self._pieces: asyncio.Queue[tuple[int, Piece] | None] = asyncio.Queue()
@@ -131,7 +133,7 @@ class Generation:
             raise self._as_api_error(group) from None
 
     async def _generate(self) -> None:
-        async with self._admission.admit(len(self._specs)):
+        async with self._admission.admit(len(self._specs), self._api_key):
             self.admitted = time.perf_counter()
             async with asyncio.TaskGroup() as choices:
                 for index, spec in enumerate(self._specs):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 
 import pytest
 
@@ -105,3 +106,78 @@ async def test_drain_refuses_newcomers_and_waits_for_the_rest():
     release.set()
     await asyncio.gather(*tasks, drained)
     assert order == ["a", "b"]
+
+
+async def test_a_flooding_key_delays_another_by_one_turn():
+    admission, release, order = Admission(slots=2, queue=100), asyncio.Event(), []
+
+    async def work(key: str, name: str) -> None:
+        async with admission.admit(1, key):
+            order.append(name)
+            await asyncio.sleep(0)
+
+    async def first(key: str) -> None:
+        async with admission.admit(1, key):
+            await release.wait()
+
+    tasks = [asyncio.create_task(first("flood")) for _ in range(2)]
+    await settle()
+    tasks += [asyncio.create_task(work("flood", f"f{i}")) for i in range(60)]
+    await settle()
+    tasks += [asyncio.create_task(work("other", f"o{i}")) for i in range(3)]
+    await settle()
+    release.set()
+    await asyncio.gather(*tasks)
+    last = max(order.index(f"o{i}") for i in range(3))
+    assert last <= 6, order[:10]
+    assert (admission.running, admission.waiting) == (0, 0)
+
+
+async def test_a_full_queue_refuses_the_longest_line():
+    admission, release, refused = Admission(slots=1, queue=4), asyncio.Event(), []
+
+    async def work(key: str, name: str) -> None:
+        try:
+            async with admission.admit(1, key):
+                await release.wait()
+        except ApiError as error:
+            refused.append((name, error.status_code))
+
+    tasks = []
+    for key, name in [("a", f"a{i}") for i in range(5)] + [("b", "b0"), ("b", "b1"), ("a", "a5"), ("b", "b2")]:
+        tasks.append(asyncio.create_task(work(key, name)))
+        await settle()
+    # a0 runs, a1-a4 wait; b0 and b1 take the places of a4 and a3; then both wait for two, and newcomers are refused.
+    assert refused == [(name, 429) for name in ("a4", "a3", "a5", "b2")]
+    release.set()
+    await asyncio.gather(*tasks)
+    assert (admission.running, admission.waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_any_traffic_of_keys_keeps_the_books(seed: int):
+    rng = random.Random(seed)
+    admission, most, statuses = Admission(slots=4, queue=8), 0, set()
+
+    async def client(key: str) -> None:
+        nonlocal most
+        for _ in range(20):
+            try:
+                async with admission.admit(rng.randint(1, 3), key):
+                    most = max(most, admission.running)
+                    for _ in range(rng.randint(0, 3)):
+                        await asyncio.sleep(0)
+            except ApiError as error:
+                statuses.add(error.status_code)
+                await asyncio.sleep(0)
+
+    tasks = [asyncio.create_task(client(f"k{i % 3}")) for i in range(12)]
+    for task in rng.sample(tasks, 4):
+        for _ in range(rng.randint(1, 6)):
+            await asyncio.sleep(0)
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert most <= 4
+    assert statuses == {429}
+    assert (admission.running, admission.waiting) == (0, 0)
+    await asyncio.wait_for(admission.drain(), 1)

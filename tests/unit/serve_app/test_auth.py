@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -11,6 +13,7 @@ from fastapi.routing import APIRoute
 from serve_app.auth import OPEN_PATHS, KeyFile, hash_key
 from serve_app.ingress import create_app
 from serve_app.service import Service
+from tests.unit.serve_app.conftest import ToyBackend
 
 OPEN = {"/health", "/ping"}
 GUARDED = {
@@ -120,3 +123,30 @@ async def test_keys_are_never_logged(guarded: httpx.AsyncClient, caplog: pytest.
         await guarded.get("/v1/models", headers=bearer("wrong-key"))
     assert "key-A" not in caplog.text
     assert "wrong-key" not in caplog.text
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    for _ in range(2000):
+        if holds():
+            return
+        await asyncio.sleep(0.005)
+    raise TimeoutError
+
+
+async def test_a_flood_of_one_key_leaves_the_other_its_turns(
+    guarded: httpx.AsyncClient, backend: ToyBackend, service: Service
+):
+    backend.gate.clear()
+    body = {"model": "toy", "messages": [{"role": "user", "content": "q"}], "max_tokens": 4}
+
+    def post(key: str) -> asyncio.Task[httpx.Response]:
+        return asyncio.create_task(guarded.post("/v1/chat/completions", json=body, headers=bearer(key)))
+
+    flood = [post("key-A") for _ in range(100)]
+    await until(lambda: sum(task.done() for task in flood) == 84)
+    others = [post("key-B") for _ in range(3)]
+    await until(lambda: sum(task.done() for task in flood) == 87)
+    backend.gate.set()
+    assert [response.status_code for response in await asyncio.gather(*others)] == [200] * 3
+    statuses = [response.status_code for response in await asyncio.gather(*flood)]
+    assert (statuses.count(200), statuses.count(429)) == (13, 87), "8 ran, 8 waited, of which 3 gave way"
