@@ -16,7 +16,7 @@ LINK_FILE_VARIABLE = "VLLM_UNMASK_DRAFT"
 AUX_LAYERS_KEY = "eagle_aux_hidden_state_layer_ids"
 """The layers that the target reports. vLLM's id m is the residual stream before block m: one more than a draft's id."""
 
-_REQUIRED = {"speculative_config": None, "enable_prefix_caching": False, "async_scheduling": False}
+_REQUIRED = {"speculative_config": None, "async_scheduling": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class RemoteDraftOptions:
 def with_remote_draft(arguments: dict[str, Any], draft: RemoteDraftOptions) -> dict[str, Any]:
     """Engine arguments with a remote draft added.
 
-    Prefix caching is off: a restored prefix has no features, and its request would go undrafted.
+    Prefix caching is off unless it is asked for. With it the draft keeps the context of cached prefixes too, by hash.
 
     Raises:
         ConfigError: an argument contradicts the draft.
@@ -50,6 +50,6 @@ def with_remote_draft(arguments: dict[str, Any], draft: RemoteDraftOptions) -> d
             "num_speculative_tokens": draft.num_speculative_tokens,
         },
         "hf_overrides": overrides | {AUX_LAYERS_KEY: [layer + 1 for layer in draft.layer_ids]},
-        "enable_prefix_caching": False,
+        "enable_prefix_caching": arguments.get("enable_prefix_caching", False),
         "async_scheduling": False,
     }

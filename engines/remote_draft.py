@@ -12,7 +12,7 @@ import inspect
 import itertools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,10 +26,14 @@ from engines.draft_arguments import AUX_LAYERS_KEY, LINK_FILE_VARIABLE
 from engines.feature_rows import feature_rows
 from engines.versions import require_tested_vllm
 from unmask.errors import ConfigError
-from unmask.pairing.client import DraftLink
+from unmask.pairing.fleet import DraftFleet
 from unmask.pairing.hello import NO_DIGEST, TargetShape
 from unmask.pairing.link_file import read_link_file
+from unmask.pairing.page_hashes import PageHashes
+from unmask.pairing.policy import KController
 from unmask.pairing.status import LinkStatus
+from unmask.pairing.step_clock import StepClock
+from unmask.types import ProposalRow
 
 _WRAPPED = {
     "_setup_eagle3_aux_hidden_state_outputs": ("self",),
@@ -72,14 +76,13 @@ class RemoteDraft:
         path = os.environ.get(LINK_FILE_VARIABLE)
         if not path:
             raise ConfigError("set it to the path of the draft's link file", field=LINK_FILE_VARIABLE)
-        if vllm_config.cache_config.enable_prefix_caching:
-            raise ConfigError(
-                "must be False with a draft: restored prefixes have no features, so their requests would go undrafted",
-                field="target.engine.enable_prefix_caching",
-            )
         self._path = path
         self._max_k: int = vllm_config.num_speculative_tokens
-        self._link: DraftLink | None = None
+        self._hashes = PageHashes() if vllm_config.cache_config.enable_prefix_caching else None
+        # At least one token is drafted, so that a draft that gets better is noticed.
+        self._clock = StepClock(KController(range(1, self._max_k + 1)))
+        self._epoch = 0.0
+        self._link: DraftFleet | None = None
         self._step: _TargetStep | None = None
         self._numbers: dict[str, int] = {}
         self._next_number = itertools.count(1)
@@ -101,7 +104,7 @@ class RemoteDraft:
             layer_ids=tuple(layer - 1 for layer in aux_layers),
             target_digest=bytes.fromhex(config.target_digest) or NO_DIGEST,
         )
-        self._link = DraftLink(self._path, shape, self._max_k, runner.device, LinkStatus(config.status_file))
+        self._link = DraftFleet(self._path, shape, self._max_k, runner.device, LinkStatus(config.status_file))
         self._link.start()
 
     def observe(self, step: _TargetStep) -> None:
@@ -118,20 +121,36 @@ class RemoteDraft:
         """Proposals [R] of at most K ids; empty where there are none."""
         step, self._step = self._step, None
         if self._link is None or step is None or not self._link.num_speculative_tokens:
+            self._clock.skip()
             return [[] for _ in sampled_token_ids]
         batch = step.runner.input_batch
         num_requests = len(batch.req_ids)
         drafted = step.spec_decode_metadata.num_draft_tokens if step.spec_decode_metadata else [0] * num_requests
+        requests = [self._number(name) for name in batch.req_ids]
         rows, kept = feature_rows(
-            [self._number(name) for name in batch.req_ids],
+            requests,
             batch.num_computed_tokens_cpu[:num_requests],
             step.common_attn_metadata.query_start_loc_cpu[: num_requests + 1].numpy(),
             drafted,
             sampled_token_ids,
         )
-        return self._link.propose(
-            rows, _gather(step.aux_hidden_states, rows, kept), self._release(step.runner.requests)
-        )
+        if self._hashes is not None:
+            rows = [self._with_hashes(row, tokens) for row, tokens in zip(rows, token_ids_cpu, strict=False)]
+        features, finished = _gather(step.aux_hidden_states, rows, kept), self._release(step.runner.requests)
+        if not self._link.adaptive_k:
+            return self._link.propose(rows, features, finished)
+        if self._epoch != self._link.status["epoch"]:
+            self._epoch = self._link.status["epoch"]
+            self._clock.controller.forget_acceptance()
+        num_rows = int(step.common_attn_metadata.query_start_loc_cpu[num_requests])
+        k = self._clock.verified(requests, num_rows, drafted, sampled_token_ids)
+        proposals = self._link.propose(rows, features, finished, k)
+        self._clock.drafted(sum(row.last_token >= 0 for row in rows), k, answered=any(proposals))
+        return proposals
+
+    def _with_hashes(self, row: ProposalRow, tokens: np.ndarray) -> ProposalRow:
+        end = row.start + row.num_features
+        return replace(row, page_hashes=self._hashes.of(row.request, row.start, end, tokens)) if self._hashes else row
 
     def _number(self, name: str) -> int:
         number = self._numbers.get(name)
@@ -141,7 +160,11 @@ class RemoteDraft:
 
     def _release(self, running: dict[str, Any]) -> list[int]:
         """Numbers of requests that the runner has forgotten since the last step, whichever step they ended in."""
-        return [self._numbers.pop(name) for name in self._numbers.keys() - running.keys()]
+        ended = [self._numbers.pop(name) for name in self._numbers.keys() - running.keys()]
+        if self._hashes is not None:
+            for number in ended:
+                self._hashes.forget(number)
+        return ended
 
 
 def _gather(aux_hidden_states: list[torch.Tensor], rows: list, kept: torch.Tensor | None) -> torch.Tensor:

@@ -19,8 +19,14 @@ from unmask.pairing.wire import MAX_MESSAGE_BYTES, Kind, Proposals, decode_step,
 class Impostor:
     """A draft that authenticates and greets, answers the probe, and then misbehaves as told."""
 
-    def __init__(self, misbehave: Callable[[Channel, Proposals], None], hello: Hello | None = None) -> None:
+    def __init__(
+        self,
+        misbehave: Callable[[Channel, Proposals], None],
+        hello: Hello | None = None,
+        secret: bytes = SECRET,
+    ) -> None:
         self._misbehave = misbehave
+        self._secret = secret
         self._hello = hello or hello_of(tiny_draft(), 1, None)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
@@ -36,7 +42,7 @@ class Impostor:
 
     def _serve(self, channel: Channel) -> None:
         try:
-            authenticate_as_draft(channel, SECRET, time.monotonic() + 5)
+            authenticate_as_draft(channel, self._secret, time.monotonic() + 5)
             channel.send(Kind.HELLO, encode_hello(self._hello))
             while True:
                 step = decode_step(channel.receive([Kind.STEP], MAX_MESSAGE_BYTES)[1])

@@ -60,13 +60,24 @@ def raw_features(num_rows: int, seed: int) -> Tensor:
 
 
 @torch.inference_mode()
-def reference_block(draft: DFlashDraft, vocabulary: Tensor, raw: Tensor, last_token: int, k: int) -> list[int]:
-    """Draft one block of one request from all of its raw features, with no cache and no padding."""
-    length = len(raw)
-    keys, values = draft.context_kv(draft.project_features(raw), torch.arange(length))
+def reference_block(
+    draft: DFlashDraft,
+    vocabulary: Tensor,
+    raw: Tensor,
+    last_token: int,
+    k: int,
+    positions: Tensor | None = None,
+) -> list[int]:
+    """Draft one block of one request from all of its raw features, with no cache and no padding.
+
+    `positions` [T] are given where features are missing; the anchor follows the last.
+    """
+    positions = torch.arange(len(raw)) if positions is None else positions
+    keys, values = draft.context_kv(draft.project_features(raw), positions)
+    length, anchor = len(raw), int(positions[-1]) + 1
     ids = torch.tensor([last_token] + [draft.config.mask_token_id] * k)
     x_BQH = F.embedding(ids, vocabulary)[None]
-    positions_BQ = torch.arange(length, length + k + 1)[None]
+    positions_BQ = torch.arange(anchor, anchor + k + 1)[None]
     mask = torch.ones(1, 1, k + 1, length + k + 1, dtype=torch.bool)
     hidden = draft(x_BQH, positions_BQ, keys[:, None], values[:, None], mask)[0, 1:]
     return (hidden @ vocabulary.T).argmax(-1).tolist()

@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 import torch
 
+from benchmarks.draft_step import check_kernels
 from tests.draft_tools import VOCAB, tiny_pair
 from unmask.config import DistillConfig
 from unmask.decoding.speculative import DraftState, speculative_decode
@@ -47,6 +48,11 @@ def test_greedy_pairing_says_what_the_target_says() -> None:
             for d in (None, draft)
         ]
         assert texts[0].token_ids == texts[1].token_ids
+
+
+def test_block_sparse_attention_is_the_dense_masks() -> None:
+    """Outputs and gradients of the compiled kernel; products run in TF32 at most."""
+    assert max(check_kernels().values()) < 5e-3
 
 
 @pytest.mark.parametrize("negatives", [None, 12])

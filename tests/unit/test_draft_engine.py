@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from tests.pairing_tools import (
 from unmask.errors import PairingError, WireError
 from unmask.pairing.draft_engine import DraftEngine
 from unmask.pairing.projection import Projection
-from unmask.pairing.wire import Proposals, Step, pack_rows
+from unmask.pairing.wire import Proposals, Step, pack_hashes, pack_rows
 from unmask.types import ProposalRow
 
 K = BLOCK_SIZE - 1
@@ -56,6 +57,7 @@ def make_step(
         rows=pack_rows(rows),
         features=projection(torch.cat(raw)) if raw else torch.empty(0, HIDDEN),
         finished=np.array(finished, dtype="<u8"),
+        page_hashes=pack_hashes(rows),
     )
 
 
@@ -121,12 +123,31 @@ def test_a_request_does_not_see_its_batch(lengths: list[int], ks: list[int], dat
         assert ids(reply) == [reference_block(draft, vocabulary, raws[i], 7, ks[session]) for i in mine]
 
 
-def test_a_gap_gets_no_proposal_and_harms_nobody(draft, vocabulary, engine) -> None:
-    raw = raw_features(8, seed=1)
+def test_a_gap_is_not_attended_to_and_harms_nobody(draft, vocabulary, engine) -> None:
+    raw, late = raw_features(8, seed=1), raw_features(3, seed=2)
     rows = [row(1, 2, 3), row(2, 0, 8), row(3, 5, 0)]
-    step = make_step(engine, rows, [raw_features(3, seed=2), raw])
-    assert run(engine, step) == [[], reference_block(draft, vocabulary, raw, 1, K), []]
-    assert engine.resident_requests == 1
+    whole = reference_block(draft, vocabulary, raw, 1, K)
+    masked = reference_block(draft, vocabulary, late, 1, K, positions=torch.arange(2, 5))
+    assert run(engine, make_step(engine, rows, [late, raw])) == [masked, whole, []]
+    assert engine.proposals_with_gap == 1
+    more = raw_features(2, seed=3)
+    positions = torch.tensor([*range(8), 11, 12])
+    expected = reference_block(draft, vocabulary, torch.cat([raw, more]), 1, K, positions=positions)
+    assert run(engine, make_step(engine, [row(2, 11, 2)], [more])) == [expected]
+
+
+def test_a_shared_prefix_is_drafted_from_as_if_it_had_been_sent(draft, vocabulary, engine) -> None:
+    """Request 2 has 8 positions in common with request 1, which has ended; request 3 shares them only by position."""
+    raw, own = raw_features(12, seed=1), raw_features(3, seed=2)
+    first = replace(row(1, 0, 12), page_hashes=(21, 22, 23))
+    run(engine, make_step(engine, [first], [raw]))
+    run(engine, make_step(engine, [], [], finished=(1,)))
+    assert (engine.resident_pages, engine.idle_pages) == (0, 3)
+    rows = [replace(row(2, 8, 3), page_hashes=(21, 22)), replace(row(3, 8, 3), page_hashes=(21, 32))]
+    whole = reference_block(draft, vocabulary, torch.cat([raw[:8], own]), 1, K)
+    gap = torch.tensor([0, 1, 2, 3, 8, 9, 10])
+    masked = reference_block(draft, vocabulary, torch.cat([raw[:4], own]), 1, K, positions=gap)
+    assert run(engine, make_step(engine, rows, [own, own])) == [whole, masked]
 
 
 def test_finished_requests_and_closed_sessions_are_forgotten(engine) -> None:
@@ -156,6 +177,7 @@ def test_a_block_past_the_last_position_is_not_drafted(draft, vocabulary) -> Non
         ({"features": torch.empty(0, HIDDEN + 1)}, "width"),
         ({"features": torch.empty(0, HIDDEN, dtype=torch.bfloat16)}, "bfloat16"),
         ({"rows": pack_rows([row(1, 0, 0, VOCAB)])}, "vocabulary"),
+        ({"rows": pack_rows([replace(row(1, 3, 0), page_hashes=(1,))])}, "full pages"),
     ],
 )
 def test_a_step_that_does_not_fit_is_refused(engine, changes: dict, message: str) -> None:
@@ -178,6 +200,24 @@ def test_swapped_weights_refuse_the_old_version(vocabulary, engine) -> None:
     assert mixed[0] is None
     assert ids(mixed[1]) == [expected, []]
     assert before != [expected]
+    assert engine.swaps == 1
+
+
+def test_a_swap_forgets_the_context_of_the_old_version(vocabulary, engine) -> None:
+    raw = raw_features(9, seed=1)
+    run(engine, make_step(engine, [replace(row(1, 0, 8), page_hashes=(21, 22))], [raw[:8]]))
+    other = tiny_draft(seed=5)
+    assert engine.swap(other) == engine.version
+    assert (engine.resident_requests, engine.resident_pages, engine.idle_pages) == (0, 0, 0)
+    # The request that was under way, and one that shares its prefix.
+    rows = [row(1, 8, 1), replace(row(2, 8, 1), page_hashes=(21, 22))]
+    expected = reference_block(other, vocabulary, raw[8:], 1, K, positions=torch.tensor([8]))
+    assert run(engine, make_step(engine, rows, [raw[8:], raw[8:]])) == [expected, expected]
+
+
+def test_a_draft_that_reads_other_layers_is_refused(engine) -> None:
+    with pytest.raises(PairingError, match="target_layer_ids"):
+        engine.swap(tiny_draft(target_layer_ids=(0, 2)))
 
 
 def test_a_draft_of_another_vocabulary_is_refused(vocabulary, engine) -> None:

@@ -147,8 +147,9 @@ def test_a_killed_draft_costs_proposals_until_it_is_back(serve, connect, vocabul
     assert [status[n] for n in ("connected", "speculation_enabled", "breaker_open", "failures")] == [0, 0, 1, 1]
     write_link(tmp_path, serve().address)
     assert link.wait_until_ready(10)
-    # The draft that came back knows nothing of request 1: no proposal, until it starts over.
-    assert link.propose([row(1, 11, 1)], raw_features(1, seed=0)) == [[]]
+    # The draft that came back knows nothing of request 1: its past is a gap.
+    masked = reference_block(tiny_draft(), vocabulary, raw_features(1, seed=0), 1, K, positions=torch.tensor([11]))
+    assert link.propose([row(1, 11, 1)], raw_features(1, seed=0)) == [masked]
     assert_proposes(link, vocabulary, request=2)
     assert_proposes(link, vocabulary, request=1)
     assert link.status["failures"] == 1
@@ -188,11 +189,25 @@ def test_swapped_weights_are_greeted_anew(serve, connect, vocabulary) -> None:
     link = connect(server.address)
     assert link.wait_until_ready(10)
     assert_proposes(link, vocabulary, request=1)
-    server.swap(tiny_draft(seed=4))
+    new = tiny_draft(seed=4)
+    assert server.swap(new) == draft_version(new) == server.stats().draft_version
     assert link.propose([row(1, 9, 1)], raw_features(1, seed=0)) == [[]]
     assert link.wait_until_ready(10)
-    assert link.propose([row(1, 10, 1)], raw_features(1, seed=0)) == [[]]
-    assert_proposes(link, vocabulary, draft=tiny_draft(seed=4), request=2)
+    masked = reference_block(new, vocabulary, raw_features(1, seed=0), 1, K, positions=torch.tensor([10]))
+    assert link.propose([row(1, 10, 1)], raw_features(1, seed=0)) == [masked]
+    assert_proposes(link, vocabulary, draft=new, request=2)
+    status = link.status.as_dict()
+    assert [status[n] for n in ("failures", "connect_failures", "breaker_open", "epoch")] == [0, 0, 0, 2]
+    assert status["draft_version"] == draft_version(new) % 2**53
+
+
+def test_a_step_may_ask_for_less(serve, connect, vocabulary) -> None:
+    link = connect(serve().address)
+    assert link.wait_until_ready(10)
+    raw = raw_features(9, seed=1)
+    assert link.propose([row(1, 0, 8)], raw[:8], k=0) == [[]]
+    assert link.propose([row(1, 8, 1)], raw[8:], k=2) == [reference_block(tiny_draft(), vocabulary, raw, 1, 2)]
+    assert link.propose([row(1, 9, 0)], raw[:0], k=99) == [reference_block(tiny_draft(), vocabulary, raw, 1, K)]
 
 
 def test_a_wrong_secret_is_refused_and_then_mended(serve, connect, vocabulary, tmp_path) -> None:

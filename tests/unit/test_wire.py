@@ -23,6 +23,7 @@ ROWS = st.lists(
         start=st.integers(0, 2**32 - 1),
         num_features=st.integers(0, 5),
         last_token=st.integers(-1, 2**31 - 1),
+        page_hashes=st.lists(U64, max_size=3).map(tuple),
     ),
     max_size=6,
     unique_by=lambda r: r.request,
@@ -42,6 +43,7 @@ def steps(draw: st.DrawFn) -> Step:
         rows=wire.pack_rows(rows),
         features=torch.randn(sum(r.num_features for r in rows), width).to(dtype),
         finished=np.array(draw(st.lists(U64, max_size=4)), dtype="<u8"),
+        page_hashes=wire.pack_hashes(rows),
     )
 
 
@@ -56,6 +58,7 @@ def test_a_step_survives_the_wire(step: Step) -> None:
         assert getattr(read, name) == getattr(step, name)
     np.testing.assert_array_equal(read.rows, step.rows)
     np.testing.assert_array_equal(read.finished, step.finished)
+    np.testing.assert_array_equal(read.page_hashes, step.page_hashes)
     assert read.features.dtype == step.features.dtype
     assert torch.equal(read.features, step.features)
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from unmask.checkpoints import save_draft
 from unmask.models.dflash import DFlashConfig, DFlashDraft, spread_layer_ids
+from unmask.types import TargetRecord
 
 K = 5
 BLOCK_SIZE = K + 3
@@ -21,7 +22,7 @@ TOKEN_BUDGET = 64
 MAX_MODEL_LEN = 256
 
 
-def make_draft(target: Path, path: Path) -> Path:
+def make_draft(target: Path, path: Path, seed: int = 0, record: TargetRecord | None = None) -> Path:
     """A draft for the embedded target: blocks taken from it, `fc` random, so that proposals vary with the context."""
     config = DFlashConfig(
         hidden_size=576,
@@ -46,8 +47,8 @@ def make_draft(target: Path, path: Path) -> Path:
         for own, block in zip(draft.layers, model.layers[-2:], strict=True):
             own.load_state_dict(block.state_dict(), strict=False)
         fc = draft.fc.weight
-        fc.copy_(torch.randn(fc.shape, generator=torch.Generator().manual_seed(0)) * fc.shape[1] ** -0.5)
-    save_draft(draft, path, None, dtype=torch.float32)
+        fc.copy_(torch.randn(fc.shape, generator=torch.Generator().manual_seed(seed)) * fc.shape[1] ** -0.5)
+    save_draft(draft, path, record, dtype=torch.float32)
     return path
 
 

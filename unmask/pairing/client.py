@@ -12,13 +12,14 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from unmask.errors import UserError, WireError
-from unmask.pairing.connection import DraftConnection
+from unmask.pairing.connection import DraftConnection, DraftReplacedError
 from unmask.pairing.hello import TargetShape
 from unmask.pairing.link_file import LinkConfig, read_link_file
 from unmask.pairing.status import LinkStatus
@@ -44,6 +45,7 @@ class DraftLink:
         num_speculative_tokens: K that the engine was built for; the draft and the link file may lower it.
         device: where feature rows are projected.
         status: counters to keep.
+        index: which of the link file's drafts this is the link to.
     """
 
     def __init__(
@@ -53,8 +55,10 @@ class DraftLink:
         num_speculative_tokens: int,
         device: torch.device | str = "cpu",
         status: LinkStatus | None = None,
+        index: int = 0,
     ) -> None:
         self.status = status or LinkStatus()
+        self._index = index
         self._path = Path(path)
         self._shape = shape
         self._max_k = num_speculative_tokens
@@ -83,6 +87,11 @@ class DraftLink:
             self._disconnect()
 
     @property
+    def adaptive_k(self) -> bool:
+        """Whether the link file leaves K to a controller."""
+        return self._config is not None and self._config.adaptive_k
+
+    @property
     def num_speculative_tokens(self) -> int:
         """K that the next step will ask for; 0 while there is no draft to ask."""
         connection, config = self._connection, self._config
@@ -98,25 +107,34 @@ class DraftLink:
             time.sleep(0.01)
         return self.num_speculative_tokens > 0
 
-    def propose(self, rows: Sequence[ProposalRow], features: Tensor, finished: Sequence[int] = ()) -> list[list[int]]:
+    def propose(
+        self, rows: Sequence[ProposalRow], features: Tensor, finished: Sequence[int] = (), k: int | None = None
+    ) -> list[list[int]]:
         """Proposals for one step.
 
         Args:
             rows: one a request of the step, no request twice.
             features: raw hidden states [T, D * H] of the rows in order, T the sum of `num_features`.
             finished: requests that will not be named again.
+            k: K of this step if lower than `num_speculative_tokens`; at 0 the draft takes in the rows and drafts none.
 
         Returns:
             At most K ids a row; empty lists where there is no proposal, for whatever reason.
         """
         with self._lock:
-            k = self.num_speculative_tokens
-            if self._connection is None or self._config is None or not k:
+            most = self.num_speculative_tokens
+            if self._connection is None or self._config is None or not most:
                 return [[] for _ in rows]
+            k = most if k is None else min(k, most)
+            if not k:
+                rows, k = [replace(row, last_token=-1) for row in rows], 1
             started = time.monotonic()
             deadline = started + self._config.timeout_ms / 1000
             try:
                 proposals = self._connection.propose(rows, features, finished, k=k, deadline=deadline)
+            except DraftReplacedError:
+                self._greet_anew()
+                return [[] for _ in rows]
             except (OSError, WireError) as error:
                 self._fail_step(error)
                 return [[] for _ in rows]
@@ -150,7 +168,7 @@ class DraftLink:
         with self._lock:
             old, self._config = self._config, config
             self._retry_at, self._failed_steps = 0.0, 0
-            if old is None or (old.address, old.secret_file) != (config.address, config.secret_file):
+            if old is None or (self._address(old), old.secret_file) != (self._address(config), config.secret_file):
                 self._disconnect()
             self._show()
 
@@ -159,17 +177,28 @@ class DraftLink:
         # An unchanged file may still be news: a restarted draft can take up its old address with another secret.
         try:
             config = read_link_file(self._path)
-            connection = DraftConnection.open(config, self._shape, self._device)
-        except (OSError, UserError) as error:
+            connection = DraftConnection.open(self._address(config), config, self._shape, self._device)
+        except (OSError, UserError, DraftReplacedError) as error:
             retry_s = self._config.retry_s if self._config else _DEFAULT_RETRY_S
             self.status.add("connect_failures", 1)
             self._open_breaker(error, retry_s)
             return
         with self._lock:
             self._connection, self._config, self._reason = connection, config, ""
+            self.status.add("epoch", 1)
             self._show()
-        k = self.num_speculative_tokens
-        logger.info("draft %016x at %s proposes %d tokens", connection.hello.draft_version, config.address, k)
+        address, k = self._address(config), self.num_speculative_tokens
+        logger.info("draft %016x at %s proposes %d tokens", connection.hello.draft_version, address, k)
+
+    def _address(self, config: LinkConfig) -> str | None:
+        return config.addresses[self._index] if self._index < len(config.addresses) else None
+
+    def _greet_anew(self) -> None:
+        """The draft has new weights, and with them a new projection: fetch it beside the per-step path."""
+        self._disconnect()
+        self._retry_at = 0.0
+        self._show()
+        self._wake.set()
 
     def _notice_hang_up(self) -> None:
         """See a draft go even while no step is asked of it."""
@@ -206,7 +235,7 @@ class DraftLink:
     def _show(self) -> None:
         """Bring the gauges up to date."""
         connection, k = self._connection, self.num_speculative_tokens
-        self.status["connected"] = float(connection is not None)
+        self.status["connected"] = self.status["drafts_connected"] = float(connection is not None)
         self.status["speculation_enabled"] = float(k > 0)
         self.status["breaker_open"] = float(connection is None and self._retry_at > 0)
         self.status["num_speculative_tokens"] = k

@@ -24,9 +24,14 @@ from unmask.pairing.wire import (
     decode_proposals,
     decode_refusal,
     encode_step,
+    pack_hashes,
     pack_rows,
 )
 from unmask.types import ProposalRow
+
+
+class DraftReplacedError(Exception):
+    """The draft has other weights than it greeted with: it is to be greeted anew."""
 
 
 class DraftConnection:
@@ -40,21 +45,22 @@ class DraftConnection:
         self._steps = 0
 
     @classmethod
-    def open(cls, config: LinkConfig, shape: TargetShape, device: torch.device) -> DraftConnection:
+    def open(cls, address: str | None, config: LinkConfig, shape: TargetShape, device: torch.device) -> DraftConnection:
         """Connect, authenticate, receive the projection and probe the draft's engine.
 
         Raises:
+            DraftReplacedError: the draft was replaced while it greeted.
             ConfigError: no secret to be read.
             PairingError: the draft is another target's.
             WireError: the peer does not know the secret, or breaks the protocol.
             OSError: nobody there, or not within the connect timeout.
         """
-        if config.address is None:
+        if address is None:
             raise WireError("no draft is placed")
         secret = read_secret(config.secret_file)
         deadline = time.monotonic() + config.connect_timeout_ms / 1000
         with ExitStack() as on_failure:
-            channel = Channel.connect(config.address, deadline)
+            channel = Channel.connect(address, deadline)
             on_failure.callback(channel.close)
             authenticate_as_target(channel, secret, deadline)
             hello = decode_hello(_receive(channel, Kind.HELLO, shape.hello_bytes, deadline))
@@ -68,7 +74,10 @@ class DraftConnection:
     def propose(
         self, rows: Sequence[ProposalRow], features: Tensor, finished: Sequence[int], *, k: int, deadline: float
     ) -> Proposals:
-        """Project raw features [T, D * H], send them, and wait for the proposals. Raises WireError, OSError."""
+        """Project raw features [T, D * H], send them, and wait for the proposals.
+
+        Raises WireError, OSError, DraftReplacedError.
+        """
         self._steps += 1
         step = Step(
             draft_version=self.hello.draft_version,
@@ -78,6 +87,7 @@ class DraftConnection:
             rows=pack_rows(rows),
             features=self._projection(features).to("cpu"),
             finished=np.array(finished, dtype="<u8"),
+            page_hashes=pack_hashes(rows),
         )
         self.channel.send(Kind.STEP, encode_step(step), deadline)
         payload = _receive(self.channel, Kind.PROPOSALS, MAX_MESSAGE_BYTES, deadline)
@@ -89,8 +99,10 @@ class DraftConnection:
 
 
 def _receive(channel: Channel, kind: Kind, limit: int, deadline: float) -> memoryview:
-    """Receive a frame of one kind; a refusal in its place is raised as WireError."""
-    received, payload = channel.receive([kind, Kind.REFUSAL], limit, deadline)
+    """Receive a frame of one kind; a refusal in its place is raised as WireError, a replacement as such."""
+    received, payload = channel.receive([kind, Kind.REFUSAL, Kind.REPLACED], limit, deadline)
+    if received is Kind.REPLACED:
+        raise DraftReplacedError
     if received is Kind.REFUSAL:
         raise WireError(f"the draft refused: {decode_refusal(payload)}")
     return payload

@@ -12,18 +12,18 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from unmask.errors import PairingError, WireError
 from unmask.models.dflash import DFlashDraft
-from unmask.pairing.context_cache import ContextCache, Key, Reservation
+from unmask.pairing.block_drafter import BlockDrafter
+from unmask.pairing.context_cache import ContextCache
+from unmask.pairing.graphed_blocks import GraphedBlocks, halvings
 from unmask.pairing.hello import Hello, draft_version, hello_of
+from unmask.pairing.page_hashes import PAGE_SIZE
+from unmask.pairing.page_tables import Key, Reservation
 from unmask.pairing.wire import Proposals, Step
 from unmask.types import TargetRecord
-
-_LOGITS_PER_CHUNK = 2**26
-"""The head is applied to as many rows at a time as keep the logits below this number."""
 
 
 class DraftEngine:
@@ -38,6 +38,7 @@ class DraftEngine:
         record: the target that the draft was trained for, where it is recorded.
         memory_mb: bound of the context cache in MiB.
         page_size: positions per cache page.
+        graph_ks: on a GPU, the Ks to record graphs for ahead of serving; None is block size - 1 and its halvings.
     """
 
     def __init__(
@@ -48,7 +49,8 @@ class DraftEngine:
         *,
         record: TargetRecord | None = None,
         memory_mb: float = 256,
-        page_size: int = 16,
+        page_size: int = PAGE_SIZE,
+        graph_ks: Sequence[int] | None = None,
     ) -> None:
         weight = draft.fc.weight
         self._embedding = embedding.detach().to(weight)
@@ -56,21 +58,59 @@ class DraftEngine:
         self._lm_head = self._embedding if tied else lm_head.detach().to(weight)
         self._memory_mb = memory_mb
         self._page_size = page_size
+        self._graph_ks = graph_ks
         self._lock = threading.Lock()
-        self._install(draft, record)
+        self.swaps = 0
+        """Drafts that have replaced another."""
+        self.proposals_with_gap = 0
+        """Blocks that were drafted without all of their context."""
+        self._cache = self._new_cache(draft)
+        self._draft, self._blocks = draft, self._new_blocks(draft, self._cache)
+        self.hello: Hello = hello_of(draft, draft_version(draft), record)
 
-    def swap(self, draft: DFlashDraft, record: TargetRecord | None = None) -> None:
-        """Replace the weights between two steps.
+    def swap(self, draft: DFlashDraft, record: TargetRecord | None = None) -> int:
+        """Replace the weights between two steps; the time between them grows by an exchange of references.
 
-        Rows of the old version were projected by its weights, so its context is dropped and its steps are refused
-        (`step` returns None). Target workers greet the draft anew, and requests that were begun under the old
-        version run on without proposals to their end.
+        Context of the old version was made by its weights and means nothing to the new ones, and the feature rows that
+        it was made from are gone: it is dropped. Steps of the old version are refused (`step` returns None), target
+        workers greet the draft anew, and requests under way are drafted on with their older context as a gap.
+
+        Returns:
+            The new version.
 
         Raises:
-            PairingError: the new draft does not fit the embedding table.
+            PairingError: the new draft does not fit the target that is being served; nothing has changed.
         """
+        served, config = self._draft.config, draft.config
+        if config.target_layer_ids != served.target_layer_ids:
+            raise PairingError(
+                f"the new draft reads layers {list(config.target_layer_ids)}, its targets report "
+                f"{list(served.target_layer_ids)}; restart them for such a draft",
+                field="dflash_config.target_layer_ids",
+            )
+        self._check_vocabulary(draft)
+        # The fingerprint reads all weights, and graphs take seconds to record: not while steps wait.
+        hello = hello_of(draft, draft_version(draft), record)
+        blocks, cache = self._blocks, self._cache
+        in_place = blocks.in_place and config == served
+        if not in_place:
+            sizes = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim, draft.fc.weight.dtype)
+            cache = cache if cache.fits(*sizes) else self._new_cache(draft)
+            blocks = self._new_blocks(draft, cache)
         with self._lock:
-            self._install(draft, record)
+            if in_place:
+                blocks.adopt(draft)
+            else:
+                self._draft, self._blocks, self._cache = draft, blocks, cache
+            cache.tables.clear()
+            self.hello = hello
+            self.swaps += 1
+        return self.version
+
+    @property
+    def version(self) -> int:
+        """Fingerprint of the weights that are served."""
+        return self.hello.draft_version
 
     def check(self, step: Step) -> None:
         """Refuse a step that this draft cannot run. Raises WireError."""
@@ -83,6 +123,9 @@ class DraftEngine:
             raise WireError(f"K = {step.num_speculative_tokens} exceeds block size - 1 = {config.block_size - 1}")
         if len(step.rows) and int(step.rows["last_token"].max()) >= config.vocab_size:
             raise WireError("an anchor outside the vocabulary")
+        ends = step.rows["start"].astype(np.int64) + step.rows["num_features"]
+        if (step.rows["num_hashes"] > ends // self._page_size).any():
+            raise WireError("more page hashes than full pages")
 
     @torch.inference_mode()
     def step(self, batch: Sequence[tuple[int, Step]]) -> list[Proposals | None]:
@@ -98,7 +141,7 @@ class DraftEngine:
             current = [(session, step) for session, step in batch if step.draft_version == self.version]
             for session, step in current:
                 for request in step.finished.tolist():
-                    self._cache.free((session, request))
+                    self._cache.tables.free((session, request))
             rows = np.concatenate([step.rows for _, step in current]) if current else np.empty(0)
             tokens, counts = self._run(current, rows) if len(rows) else (np.empty((0, 1)), np.empty(0))
             return self._replies(batch, tokens, counts)
@@ -106,24 +149,34 @@ class DraftEngine:
     def close_session(self, session: int) -> None:
         """Forget every request of a session."""
         with self._lock:
-            self._cache.free_session(session)
+            self._cache.tables.free_session(session)
+
+    @property
+    def weights(self) -> Tensor:
+        """A weight of the draft: its device and dtype are the draft's."""
+        return self._draft.fc.weight
 
     @property
     def resident_requests(self) -> int:
         """Requests with context in the cache."""
-        return len(self._cache)
+        return len(self._cache.tables)
 
     @property
     def resident_pages(self) -> int:
         """Cache pages in use, of `num_pages`."""
-        return self._cache.resident_pages
+        return self._cache.tables.resident_pages
+
+    @property
+    def idle_pages(self) -> int:
+        """Cache pages that are kept for requests that may share their prefix."""
+        return self._cache.tables.idle_pages
 
     @property
     def num_pages(self) -> int:
         """Cache pages in all."""
         return self._cache.num_pages
 
-    def _install(self, draft: DFlashDraft, record: TargetRecord | None) -> None:
+    def _check_vocabulary(self, draft: DFlashDraft) -> None:
         config = draft.config
         if self._embedding.shape != (config.vocab_size, config.hidden_size):
             raise PairingError(
@@ -131,8 +184,11 @@ class DraftEngine:
                 f"{self._embedding.shape[0]} x {self._embedding.shape[1]}",
                 field="vocab_size",
             )
-        weight = draft.fc.weight
-        cache = ContextCache(
+
+    def _new_cache(self, draft: DFlashDraft) -> ContextCache:
+        self._check_vocabulary(draft)
+        weight, config = draft.fc.weight, draft.config
+        return ContextCache(
             num_layers=config.num_hidden_layers,
             num_kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
@@ -141,9 +197,13 @@ class DraftEngine:
             memory_mb=self._memory_mb,
             page_size=self._page_size,
         )
-        version = draft_version(draft)
-        self._draft, self._cache, self.version = draft.eval(), cache, version
-        self.hello: Hello = hello_of(draft, version, record)
+
+    def _new_blocks(self, draft: DFlashDraft, cache: ContextCache) -> BlockDrafter:
+        if not draft.fc.weight.is_cuda:
+            return BlockDrafter(draft.eval(), self._embedding, self._lm_head, cache)
+        blocks = GraphedBlocks(draft.eval(), self._embedding, self._lm_head, cache)
+        blocks.record(self._graph_ks or halvings(draft.config.block_size - 1))
+        return blocks
 
     def _run(self, current: list[tuple[int, Step]], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int32 [R, largest K] and valid counts int64 [R] of concatenated rows."""
@@ -152,49 +212,34 @@ class DraftEngine:
         k_of_row = np.repeat([step.num_speculative_tokens for _, step in current], num_rows)
         keys: list[Key] = list(zip(sessions.tolist(), rows["request"].tolist(), strict=True))
         starts, num_features = rows["start"].astype(np.int64), rows["num_features"].astype(np.int64)
-        reserved = self._cache.reserve(keys, starts, num_features)
+        hashes = _by_row(np.concatenate([step.page_hashes for _, step in current]), rows["num_hashes"])
+        reserved = self._cache.reserve(keys, starts, num_features, hashes)
         self._append([step.features for _, step in current], reserved, num_features)
 
         anchors = starts + num_features
         last = anchors + k_of_row
-        wanted = reserved.kept & (rows["last_token"] >= 0) & (anchors > 0)
+        held = np.array([self._cache.tables.num_rows(key) > 0 for key in keys], dtype=bool)
+        wanted = reserved.kept & held & (rows["last_token"] >= 0)
         wanted &= last < self._draft.config.max_position_embeddings
         counts = np.where(wanted, k_of_row, 0)
         tokens = np.zeros((len(rows), int(k_of_row.max())), dtype=np.int32)
         # Block rows see one another, so that K is part of the question: requests of unequal K never share a forward.
         for k in np.unique(counts[wanted]).tolist():
             picked = np.flatnonzero(counts == k)
-            tokens[picked, :k] = self._draft_block(
-                [keys[i] for i in picked], rows["last_token"][picked], anchors[picked], k
-            )
+            table = self._cache.tables.table([keys[i] for i in picked])
+            self.proposals_with_gap += int((table.gaps[:, 1] > table.gaps[:, 0]).sum())
+            tokens[picked, :k] = self._blocks.draft(rows["last_token"][picked], anchors[picked], table, k)
         return tokens, counts
 
     def _append(self, features: list[Tensor], reserved: Reservation, num_features: np.ndarray) -> None:
         """Turn the kept rows' features into context KV."""
         if not len(reserved.slots):
             return
-        device = self._draft.fc.weight.device
-        context = (features[0] if len(features) == 1 else torch.cat(features)).to(device)
+        context = features[0] if len(features) == 1 else torch.cat(features)
         if not reserved.kept.all():
-            rows = np.flatnonzero(np.repeat(reserved.kept, num_features))
-            context = context.index_select(0, torch.from_numpy(rows).to(device))
-        keys, values = self._draft.context_kv(context, torch.from_numpy(reserved.positions).to(device))
-        self._cache.write(torch.from_numpy(reserved.slots).to(device), keys, values)
-
-    def _draft_block(self, keys: list[Key], last_tokens: np.ndarray, anchors: np.ndarray, k: int) -> np.ndarray:
-        """Greedy ids int32 [B, K] of requests with the anchor token `last_tokens` at position `anchors`."""
-        device = self._embedding.device
-        ids_BQ = torch.full((len(keys), k + 1), self._draft.config.mask_token_id, dtype=torch.int64)
-        ids_BQ[:, 0] = torch.from_numpy(last_tokens)
-        positions_BQ = torch.from_numpy(anchors)[:, None] + torch.arange(k + 1)
-        x_BQH = F.embedding(ids_BQ.to(device), self._embedding)
-        hidden_BQH = self._draft.denoise(x_BQH, positions_BQ.to(device), *self._cache.gather(keys))
-        return self._greedy(hidden_BQH[:, 1:].flatten(0, 1)).view(-1, k).to("cpu", torch.int32).numpy()
-
-    def _greedy(self, hidden_NH: Tensor) -> Tensor:
-        """Most likely ids [N] over the full vocabulary."""
-        chunk = max(1, _LOGITS_PER_CHUNK // len(self._lm_head))
-        return torch.cat([F.linear(rows, self._lm_head).argmax(-1) for rows in hidden_NH.split(chunk)])
+            rows = torch.from_numpy(np.flatnonzero(np.repeat(reserved.kept, num_features)))
+            context = context.index_select(0, rows.to(context.device))
+        self._blocks.append(context, reserved.positions, reserved.slots)
 
     def _replies(
         self, batch: Sequence[tuple[int, Step]], tokens: np.ndarray, counts: np.ndarray
@@ -222,3 +267,11 @@ class DraftEngine:
 def _first_columns(tokens: np.ndarray, k: int) -> np.ndarray:
     """int32 [R, k], also where no row was run at all."""
     return tokens[:, :k].astype(np.int32) if len(tokens) else np.zeros((0, k), dtype=np.int32)
+
+
+def _by_row(hashes: np.ndarray, counts: np.ndarray) -> list[list[int]] | None:
+    """Page hashes of each row; None where there are none at all."""
+    if not len(hashes):
+        return None
+    ends = np.cumsum(counts)[:-1]
+    return [row.tolist() for row in np.split(hashes, ends)]

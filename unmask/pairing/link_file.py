@@ -20,8 +20,12 @@ class LinkConfig:
     address: str | None
     """`host:port` or `unix:/path`; None while no draft is placed."""
     secret_file: str
+    further_addresses: tuple[str, ...] = ()
+    """More drafts: the requests of this worker are spread over all of them."""
     num_speculative_tokens: int | None = None
     """K; None is all that the engine was built for, 0 switches speculation off."""
+    adaptive_k: bool = False
+    """Lower K step by step where load or acceptance say so (`unmask.pairing.policy`)."""
     timeout_ms: float = 2000.0
     """A step that is not answered by then gets no proposals."""
     connect_timeout_ms: float = 10_000.0
@@ -34,8 +38,8 @@ class LinkConfig:
     """`unmask.pairing.hello.record_digest` of the target in hex; empty accepts any draft that fits by its sizes."""
 
     def __post_init__(self) -> None:
-        if self.address is not None:
-            parse_address(self.address)
+        for address in self.addresses:
+            parse_address(address)
         for name in ("timeout_ms", "connect_timeout_ms", "retry_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError("must be positive", field=name)
@@ -44,6 +48,11 @@ class LinkConfig:
             raise ConfigError(f"must lie in 0..{MAX_SPECULATIVE_TOKENS}", field="num_speculative_tokens")
         if len(self.target_digest) not in (0, 64) or set(self.target_digest) - set("0123456789abcdef"):
             raise ConfigError("must be 64 hex digits or empty", field="target_digest")
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """All drafts that are placed."""
+        return (() if self.address is None else (self.address,)) + self.further_addresses
 
 
 def read_link_file(path: str | Path) -> LinkConfig:
@@ -61,7 +70,7 @@ def read_link_file(path: str | Path) -> LinkConfig:
         if key not in names:
             raise ConfigError(f"unknown key in '{path}'{nearest(key, names)}", field=key)
     try:
-        return LinkConfig(**tree)
+        return LinkConfig(**(tree | {"further_addresses": tuple(tree.get("further_addresses", ()))}))
     except (TypeError, AttributeError) as error:
         raise ConfigError(f"'{path}': {error}", field="link file") from None
 

@@ -14,7 +14,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,15 @@ from unmask.pairing.channel import UNIX_PREFIX, Channel
 from unmask.pairing.draft_engine import DraftEngine
 from unmask.pairing.handshake import authenticate_as_draft
 from unmask.pairing.hello import encode_hello
-from unmask.pairing.wire import MAX_MESSAGE_BYTES, Kind, Proposals, decode_step, encode_proposals, encode_refusal
+from unmask.pairing.wire import (
+    MAX_MESSAGE_BYTES,
+    Buffer,
+    Kind,
+    Proposals,
+    decode_step,
+    encode_proposals,
+    encode_refusal,
+)
 from unmask.types import TargetRecord
 
 logger = logging.getLogger(__name__)
@@ -54,9 +62,15 @@ class DraftStats:
     proposals: int
     """Rows that were answered with a block."""
     proposed_tokens: int
+    proposals_with_gap: int
+    """Of the proposals, those that were made without all of their context."""
     busy_s: float
+    swaps: int
+    """Drafts that have replaced another."""
     resident_requests: int
     resident_pages: int
+    idle_pages: int
+    """Pages kept for requests that may share their prefix."""
     num_pages: int
 
 
@@ -72,6 +86,7 @@ class DraftServer:
         port: TCP port; 0 picks a free one.
         memory_mb: bound of the context cache in MiB.
         record: the target that the draft was trained for, where it is recorded.
+        graph_ks: see `DraftEngine`.
     """
 
     def __init__(
@@ -84,8 +99,9 @@ class DraftServer:
         port: int = 0,
         memory_mb: float = 256,
         record: TargetRecord | None = None,
+        graph_ks: Sequence[int] | None = None,
     ) -> None:
-        self._engine = DraftEngine(draft, embedding, lm_head, record=record, memory_mb=memory_mb)
+        self._engine = DraftEngine(draft, embedding, lm_head, record=record, memory_mb=memory_mb, graph_ks=graph_ks)
         self._batcher = Batcher(self._engine, on_end=self._hang_up)
         self._secret = secret
         self._host, self._port = host, port
@@ -118,9 +134,17 @@ class DraftServer:
         """Whether the engine runs. One that has died has hung up on everybody."""
         return self._batcher.alive
 
-    def swap(self, draft: DFlashDraft, record: TargetRecord | None = None) -> None:
-        """Replace the weights between two steps (see `DraftEngine.swap`). Raises PairingError."""
-        self._engine.swap(draft, record)
+    def swap(self, draft: DFlashDraft, record: TargetRecord | None = None) -> int:
+        """Replace the weights between two steps; returns the new version (see `DraftEngine.swap`).
+
+        Raises PairingError.
+        """
+        return self._engine.swap(draft, record)
+
+    @property
+    def weights(self) -> Tensor:
+        """A weight of the draft that is served: its device and dtype are the draft's."""
+        return self._engine.weights
 
     def stats(self) -> DraftStats:
         """Counters since the start."""
@@ -132,9 +156,12 @@ class DraftServer:
             messages=self._batcher.messages,
             proposals=self._batcher.proposals,
             proposed_tokens=self._batcher.proposed_tokens,
+            proposals_with_gap=self._engine.proposals_with_gap,
             busy_s=self._batcher.busy_s,
             resident_requests=self._engine.resident_requests,
             resident_pages=self._engine.resident_pages,
+            idle_pages=self._engine.idle_pages,
+            swaps=self._engine.swaps,
             num_pages=self._engine.num_pages,
         )
 
@@ -167,7 +194,7 @@ class DraftServer:
             except WireError as error:
                 self._refused += 1
                 logger.warning("refused a target worker: %s", error)
-                _refuse(channel, str(error))
+                _last_word(channel, Kind.REFUSAL, encode_refusal(str(error)))
             except OSError as error:
                 logger.debug("a target worker is gone: %s", error)
             finally:
@@ -195,7 +222,7 @@ class DraftServer:
 
         def answer(reply: Proposals | None) -> None:
             if reply is None:
-                _refuse(channel, "the draft has been replaced by another version; greet it again")
+                _last_word(channel, Kind.REPLACED, [])
             else:
                 _send(channel, reply)
             idle.set()
@@ -236,11 +263,12 @@ def _send(channel: Channel, reply: Proposals) -> None:
         channel.shutdown()
 
 
-def _refuse(channel: Channel, reason: str) -> None:
+def _last_word(channel: Channel, kind: Kind, parts: Sequence[Buffer]) -> None:
+    """Say a last word."""
     try:
-        channel.send(Kind.REFUSAL, encode_refusal(reason), time.monotonic() + _SEND_S)
+        channel.send(kind, parts, time.monotonic() + _SEND_S)
     except OSError as error:
-        logger.debug("a refused target worker is gone: %s", error)
+        logger.debug("a target worker is gone before it was told so: %s", error)
     channel.shutdown()
 
 

@@ -28,13 +28,26 @@ FIELDS = (
     "round_trip_ms_count",
     "bytes_sent",
     "bytes_received",
+    "epoch",
+    "drafts_connected",
 )
 """`connected`, `speculation_enabled` and `breaker_open` are 0 or 1; `draft_version` is the wire's, modulo 2**53 so that
 a float64 holds it exactly; `proposals` counts rows with a block; `failures` are steps and connections that were lost,
-`connect_failures` fruitless attempts to connect. Counters start with the worker."""
+`connect_failures` fruitless attempts to connect; `epoch` counts the drafts that were greeted: context of an earlier
+epoch is lost. Counters start with the worker."""
+
+GAUGES = (
+    "connected",
+    "speculation_enabled",
+    "breaker_open",
+    "draft_version",
+    "num_speculative_tokens",
+    "drafts_connected",
+)
+"""What is no counter."""
 
 _HEADER = struct.Struct("<8sQ")
-_MAGIC = b"UNMKSTA1"
+_MAGIC = b"UNMKSTA2"
 _SIZE = _HEADER.size + 8 * len(FIELDS)
 _INDEX = {name: i for i, name in enumerate(FIELDS)}
 

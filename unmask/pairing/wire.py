@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from unmask.errors import WireError
 from unmask.types import ProposalRow
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 512 * 2**20
 """No frame is larger, except the draft's HELLO, whose size the target computes beforehand."""
 MAX_ROWS = 8192
@@ -31,8 +31,10 @@ MAX_SPECULATIVE_TOKENS = 255
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Element types of feature rows and projection weights; the index is the code on the wire."""
 
-ROW = np.dtype([("request", "<u8"), ("start", "<u4"), ("num_features", "<u4"), ("last_token", "<i4")])
-"""A `ProposalRow` on the wire, 20 bytes."""
+ROW = np.dtype(
+    [("request", "<u8"), ("start", "<u4"), ("num_features", "<u4"), ("last_token", "<i4"), ("num_hashes", "<u4")]
+)
+"""A `ProposalRow` on the wire, 24 bytes; its page hashes follow behind all rows."""
 
 _MAGIC = b"UNMK"
 _FRAME = struct.Struct("<4sBBHI")
@@ -55,6 +57,7 @@ class Kind(enum.IntEnum):
     STEP = 5
     PROPOSALS = 6
     REFUSAL = 7
+    REPLACED = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +72,7 @@ class Step:
         rows: `ROW` records [R], one a request, no request twice.
         features: projected feature rows [sum of `num_features`, H], in the order of `rows`.
         finished: uint64 numbers of requests that the draft may forget.
+        page_hashes: uint64 hashes of context pages [sum of `num_hashes`], in the order of `rows`.
     """
 
     draft_version: int
@@ -78,6 +82,7 @@ class Step:
     rows: np.ndarray
     features: Tensor
     finished: np.ndarray
+    page_hashes: np.ndarray = field(default_factory=lambda: np.empty(0, dtype="<u8"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +104,15 @@ class Proposals:
 def pack_rows(rows: Sequence[ProposalRow]) -> np.ndarray:
     """`ProposalRow` records as one `ROW` array. Raises WireError for a value out of range."""
     try:
-        return np.array([(r.request, r.start, r.num_features, r.last_token) for r in rows], dtype=ROW)
+        fields = [(r.request, r.start, r.num_features, r.last_token, len(r.page_hashes)) for r in rows]
+        return np.array(fields, dtype=ROW)
     except OverflowError as error:
         raise WireError(f"a proposal row does not fit the wire: {error}") from None
+
+
+def pack_hashes(rows: Sequence[ProposalRow]) -> np.ndarray:
+    """Page hashes of all rows, one after another."""
+    return np.array([value for row in rows for value in row.page_hashes], dtype="<u8")
 
 
 def encode_frame(kind: Kind, num_bytes: int) -> bytes:
@@ -167,7 +178,8 @@ def encode_step(step: Step) -> list[Buffer]:
         DTYPES.index(features.dtype),
         0,
     )
-    return [header, tensor_bytes(features), step.rows.tobytes(), step.finished.astype("<u8").tobytes()]
+    numbers = [array.astype("<u8").tobytes() for array in (step.page_hashes, step.finished)]
+    return [header, tensor_bytes(features), step.rows.tobytes(), *numbers]
 
 
 def decode_step(payload: Buffer) -> Step:
@@ -178,11 +190,14 @@ def decode_step(payload: Buffer) -> Step:
     dtype = dtype_of(code)
     if reserved or not 1 <= k <= MAX_SPECULATIVE_TOKENS or num_rows > MAX_ROWS:
         raise WireError(f"a STEP message asks for K = {k} in {num_rows} rows")
-    feature_bytes = num_features * width * dtype.itemsize
-    if len(payload) != _STEP.size + feature_bytes + num_rows * ROW.itemsize + num_finished * 8:
+    rows_at = _STEP.size + num_features * width * dtype.itemsize
+    hashes_at = rows_at + num_rows * ROW.itemsize
+    if len(payload) < hashes_at:
         raise WireError("the size of a STEP message does not match its fields")
-    rows_at = _STEP.size + feature_bytes
     rows = np.frombuffer(payload, dtype=ROW, count=num_rows, offset=rows_at)
+    num_hashes = int(rows["num_hashes"].sum(dtype=np.uint64))
+    if len(payload) != hashes_at + (num_hashes + num_finished) * 8:
+        raise WireError("the size of a STEP message does not match its fields")
     if int(rows["num_features"].sum(dtype=np.uint64)) != num_features:
         raise WireError("the rows of a STEP message do not add up to its features")
     if len(np.unique(rows["request"])) != num_rows:
@@ -194,7 +209,8 @@ def decode_step(payload: Buffer) -> Step:
         num_speculative_tokens=k,
         rows=rows,
         features=read_tensor(payload, dtype, (num_features, width), _STEP.size),
-        finished=np.frombuffer(payload, dtype="<u8", count=num_finished, offset=rows_at + num_rows * ROW.itemsize),
+        page_hashes=np.frombuffer(payload, dtype="<u8", count=num_hashes, offset=hashes_at),
+        finished=np.frombuffer(payload, dtype="<u8", count=num_finished, offset=hashes_at + num_hashes * 8),
     )
 
 

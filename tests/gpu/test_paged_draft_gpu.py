@@ -1,0 +1,79 @@
+"""The draft engine on a GPU: the paged kernel against the reference, graphs against eager passes, swaps in place."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.paged_tools import SHAPES, paged_case
+from tests.pairing_tools import BLOCK_SIZE, raw_features, reference_block, row, tiny_draft, tiny_vocabulary
+from unmask.pairing.draft_engine import DraftEngine
+from unmask.pairing.paged_attention import gathered_attention
+from unmask.pairing.wire import Step, pack_hashes, pack_rows
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+K = BLOCK_SIZE - 1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_kernel_equals_the_reference(shape: str, dtype: torch.dtype, tolerance: float) -> None:
+    from unmask.pairing.paged_attention_triton import paged_attention
+
+    for seed in range(2):
+        case = paged_case(shape, dtype, "cuda", seed)
+        expected = gathered_attention(**{n: v.float() if n in FLOATS else v for n, v in case.items()})
+        torch.testing.assert_close(paged_attention(**case).float(), expected, atol=tolerance, rtol=tolerance)
+
+
+FLOATS = ("queries", "block_keys", "block_values", "keys", "values")
+
+
+@pytest.mark.parametrize("k", [1, 3, K])
+def test_blocks_of_a_batch_are_those_of_the_reference(k: int) -> None:
+    draft, vocabulary = tiny_draft(), tiny_vocabulary()
+    engine = DraftEngine(tiny_draft().cuda(), vocabulary.cuda(), vocabulary.cuda(), memory_mb=8)
+    lengths = [1, 4, 7, 40, 90, 16, 17, 33, 2]
+    raws = [raw_features(length, seed=i) for i, length in enumerate(lengths)]
+    for first, last in ((0, 3), (1, 2), (0, 9)):
+        rows = [row(10 * last + i, 0, lengths[i], 5) for i in range(first, last)]
+        assert proposals(engine, rows, raws[first:last], k) == [
+            reference_block(draft, vocabulary, raw, 5, k) for raw in raws[first:last]
+        ]
+    # A gap, then the next position.
+    late = raw_features(3, seed=99)
+    expected = reference_block(
+        draft, vocabulary, torch.cat([raws[0], late]), 5, k, positions=torch.tensor([0, 20, 21, 22])
+    )
+    assert proposals(engine, [row(90, 20, 3, 5)], [late], k) == [expected]
+
+
+def test_a_swap_in_place_is_seen_by_the_graphs() -> None:
+    vocabulary, raw = tiny_vocabulary(), raw_features(20, seed=1)
+    engine = DraftEngine(tiny_draft().cuda(), vocabulary.cuda(), vocabulary.cuda(), memory_mb=8)
+    for seed in (0, 5, 0):
+        engine.swap(tiny_draft(seed=seed).cuda())
+        assert proposals(engine, [row(1, 0, 20, 5)], [raw], K) == [
+            reference_block(tiny_draft(seed=seed), vocabulary, raw, 5, K)
+        ]
+
+
+def proposals(engine: DraftEngine, rows: list, raws: list, k: int) -> list[list[int]]:
+    """Blocks of one step."""
+    projection = engine.hello.projection
+    step = Step(
+        draft_version=engine.version,
+        epoch=1,
+        number=1,
+        num_speculative_tokens=k,
+        rows=pack_rows(rows),
+        features=projection(torch.cat(raws).cuda()).cpu(),
+        finished=np.empty(0, "<u8"),
+        page_hashes=pack_hashes(rows),
+    )
+    engine.check(step)
+    (reply,) = engine.step([(0, step)])
+    assert reply is not None
+    return [t[:n] for t, n in zip(reply.tokens.tolist(), reply.counts.tolist(), strict=True)]

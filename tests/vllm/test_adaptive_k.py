@@ -1,0 +1,82 @@
+"""K chosen step by step: other numbers of proposals, the same text. In float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tests.vllm.remote_tools import SECRET, LookupDraft, remote_engine
+from tests.vllm.vllm_tools import K, engine, greedy, make_draft
+from unmask.checkpoints import load_draft
+from unmask.config import EMBEDDED_TARGET
+from unmask.pairing.server import DraftServer
+from unmask.pairing.vocabulary import load_vocabulary
+from unmask.pairing.wire import Proposals, Step
+from unmask.targets import resolve_target
+
+NUM_TOKENS = 60
+TEXT = "The lighthouse keeper climbs the stairs every evening and lights the lamp before the first ship comes in."
+PROMPT_LENGTHS = (3, 5, 8, 11)
+
+
+class WholePrompts(LookupDraft):
+    """Knows a request by its first row: it may be asked for no proposal for long."""
+
+    def _answer(self, step: Step) -> Proposals:
+        for request, start, num_features, *_ in step.rows.tolist():
+            if start == 0:
+                (self.of_request[request],) = [t for t in self.texts if len(t) == num_features + NUM_TOKENS]
+        return super()._answer(step)
+
+
+def test_a_lower_k_changes_no_token(target: Path, tmp_path: Path, prompts, plain_texts) -> None:
+    """A draft that is never right is soon asked for less, one that is mostly right for more again."""
+    vocabulary = load_vocabulary(target, torch.float32)
+    draft = load_draft(make_draft(target, tmp_path / "draft"))
+    asked: list[tuple[int, int]] = []
+    with remote_engine(target, tmp_path) as remote:
+        remote.link_options["adaptive_k"] = True
+        server = DraftServer(draft, *vocabulary, SECRET)
+        own_step = server._engine.step
+
+        def recording(batch: list) -> list:
+            replies = own_step(batch)
+            for (_, step), reply in zip(batch, replies, strict=True):
+                asked.append((step.num_speculative_tokens, int(reply.counts.max(initial=0))))
+            return replies
+
+        server._engine.step = recording
+        remote.use(server)
+        assert greedy(remote.llm, prompts, NUM_TOKENS) == plain_texts
+        assert remote.link.status["failures"] == 0
+        wrong = asked[-1]
+        lookup = WholePrompts([p + t for p, t in zip(prompts, plain_texts, strict=True)], NUM_TOKENS)
+        lookup.is_right = True
+        own_step = lookup.step
+        for _ in range(5):
+            assert greedy(remote.llm, prompts, NUM_TOKENS) == plain_texts
+        assert remote.link.status["failures"] == 0
+    assert asked[4] == (K, K)
+    assert all(drafted in (0, k) for k, drafted in asked)
+    assert wrong[1] < K
+    assert max(drafted for _, drafted in asked[-8:]) > wrong[1]
+
+
+@pytest.fixture(scope="module")
+def target() -> Path:
+    return resolve_target(EMBEDDED_TARGET)
+
+
+@pytest.fixture(scope="module")
+def prompts(target: Path) -> list[list[int]]:
+    ids = AutoTokenizer.from_pretrained(target)(TEXT)["input_ids"]
+    return [ids[:length] for length in PROMPT_LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def plain_texts(target: Path, prompts: list[list[int]]) -> list[list[int]]:
+    with engine(target) as llm:
+        return greedy(llm, prompts, NUM_TOKENS)

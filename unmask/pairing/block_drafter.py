@@ -1,0 +1,62 @@
+"""One denoising pass over the blocks of a batch, and the most likely id at every mask."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unmask.masking.anchored import context_mask
+from unmask.models.dflash import DFlashDraft
+from unmask.pairing.context_cache import ContextCache
+from unmask.pairing.page_tables import PageTable
+
+_LOGITS_PER_CHUNK = {"cpu": 2**26, "cuda": 2**28}
+"""The head is applied to as many rows at a time as keep the logits below this number."""
+
+
+class BlockDrafter:
+    """Drafts blocks by gathering each request's context in front of them: the reference, and what a CPU runs.
+
+    Args:
+        draft: the network, on its device.
+        embedding: the target's token embeddings [V, H]; `lm_head` its LM head [V, H].
+        cache: context of the requests that page tables name.
+    """
+
+    in_place = False
+    """Whether `adopt` can put other weights into the ones that are used."""
+
+    def __init__(self, draft: DFlashDraft, embedding: Tensor, lm_head: Tensor, cache: ContextCache) -> None:
+        self._draft, self._embedding, self._lm_head, self._cache = draft, embedding, lm_head, cache
+
+    def append(self, context: Tensor, positions: np.ndarray, slots: np.ndarray) -> None:
+        """Store what context rows [T, H] at `positions` [T] contribute to attention at `slots` [T] of the cache."""
+        device = self._embedding.device
+        on_device = torch.from_numpy(np.stack([positions, slots])).to(device)
+        self._cache.write(on_device[1], *self._draft.context_kv(context.to(device), on_device[0]))
+
+    def adopt(self, draft: DFlashDraft) -> None:
+        """Copy the weights of a draft of the same sizes over those in use."""
+        raise NotImplementedError
+
+    def draft(self, last_tokens: np.ndarray, anchors: np.ndarray, table: PageTable, k: int) -> np.ndarray:
+        """Greedy ids int32 [B, K] of requests with the anchor token `last_tokens` at position `anchors`."""
+        device = self._embedding.device
+        ids_BQ = torch.full((len(anchors), k + 1), self._draft.config.mask_token_id, dtype=torch.int64)
+        ids_BQ[:, 0] = torch.from_numpy(last_tokens)
+        positions_BQ = torch.from_numpy(anchors)[:, None] + torch.arange(k + 1)
+        x_BQH = F.embedding(ids_BQ.to(device), self._embedding)
+        keys, values = self._cache.gather(table)
+        lengths, gaps = (torch.from_numpy(a).to(device) for a in (table.lengths, table.gaps))
+        mask = context_mask(lengths, keys.shape[2], k + 1, gaps)
+        hidden_BQH = self._draft(x_BQH, positions_BQ.to(device), keys, values, mask)
+        ids = most_likely(hidden_BQH[:, 1:].flatten(0, 1), self._lm_head)
+        return ids.view(-1, k).to("cpu", torch.int32).numpy()
+
+
+def most_likely(hidden_NH: Tensor, lm_head: Tensor) -> Tensor:
+    """Ids [N] over the full vocabulary."""
+    chunk = max(1, _LOGITS_PER_CHUNK[lm_head.device.type] // len(lm_head))
+    return torch.cat([F.linear(rows, lm_head).argmax(-1) for rows in hidden_NH.split(chunk)])

@@ -1,0 +1,170 @@
+"""Several drafts for one target worker: its requests are spread over them, and move on when one is gone.
+
+A request keeps its draft, which holds its context. One that shares a prefix goes where the prefix is, any other where
+the fewest requests are. When a draft is gone its requests move at once; what the new one has not seen is a gap.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unmask.errors import UserError
+from unmask.pairing.client import DraftLink
+from unmask.pairing.hello import TargetShape
+from unmask.pairing.link_file import read_link_file
+from unmask.pairing.status import GAUGES, LinkStatus
+from unmask.types import ProposalRow
+
+_POLL_S = 0.25
+_KNOWN_PREFIXES = 4096
+
+
+class DraftFleet:
+    """The links to all drafts that a link file names; used like a `DraftLink`.
+
+    Args:
+        path: the link file.
+        shape: what this target is.
+        num_speculative_tokens: K that the engine was built for.
+        device: where feature rows are projected.
+        status: counters to keep, summed over the links.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        shape: TargetShape,
+        num_speculative_tokens: int,
+        device: torch.device | str = "cpu",
+        status: LinkStatus | None = None,
+    ) -> None:
+        self.status = status or LinkStatus()
+        self.links: list[DraftLink] = []
+        self._path = path
+        self._new_link = lambda index: DraftLink(path, shape, num_speculative_tokens, device, index=index)
+        self._home: dict[int, int] = {}
+        self._prefixes: OrderedDict[int, int] = OrderedDict()
+        self._pool = ThreadPoolExecutor(thread_name_prefix="draft_fleet")
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="draft_fleet", daemon=True)
+
+    def start(self) -> None:
+        """Begin to connect."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Hang up for good."""
+        self._closing.set()
+        self._thread.join()
+        for link in self.links:
+            link.close()
+        self._pool.shutdown()
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        """The largest K of any draft; 0 while there is none to ask."""
+        return max((link.num_speculative_tokens for link in self.links), default=0)
+
+    @property
+    def adaptive_k(self) -> bool:
+        """Whether the link file leaves K to a controller."""
+        return any(link.adaptive_k for link in self.links)
+
+    def wait_until_ready(self, timeout_s: float) -> bool:
+        """Wait until every draft of the link file can be asked; False if the time is up first."""
+        end = threading.Event()
+        timer = threading.Timer(timeout_s, end.set)
+        timer.start()
+        while not (ready := self._all_ready()) and not end.wait(0.01):
+            continue
+        timer.cancel()
+        return ready
+
+    def propose(
+        self, rows: Sequence[ProposalRow], features: Tensor, finished: Sequence[int] = (), k: int | None = None
+    ) -> list[list[int]]:
+        """Proposals for one step (see `DraftLink.propose`), all drafts at work at the same time."""
+        ended: dict[int, list[int]] = {}
+        for request in finished:
+            ended.setdefault(self._home.pop(request, 0), []).append(request)
+        homes = self._assign(rows)
+        shares = {home: [i for i, h in enumerate(homes) if h == home] for home in {*homes, *ended}}
+        ends = np.cumsum([row.num_features for row in rows], dtype=np.int64)
+
+        def ask(home: int) -> list[list[int]]:
+            mine = [rows[i] for i in shares[home]]
+            own = features
+            if len(mine) < len(rows):
+                picked = [np.arange(ends[i] - rows[i].num_features, ends[i]) for i in shares[home]]
+                index = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *picked]))
+                own = features.index_select(0, index.to(features.device))
+            return self.links[home].propose(mine, own, ended.get(home, ()), k)
+
+        proposals: list[list[int]] = [[] for _ in rows]
+        asked = sorted(home for home in shares if home < len(self.links))
+        answers = map(ask, asked) if len(asked) == 1 else self._pool.map(ask, asked)
+        for home, answer in zip(asked, answers, strict=True):
+            for i, ids in zip(shares[home], answer, strict=True):
+                proposals[i] = ids
+        self._sum_up()
+        return proposals
+
+    def _assign(self, rows: Sequence[ProposalRow]) -> list[int]:
+        """The draft of each row, by index."""
+        ready = [i for i, link in enumerate(self.links) if link.num_speculative_tokens] or [0]
+        load = Counter(self._home.values())
+        for row in rows:
+            home = self._home.get(row.request)
+            if home not in ready:
+                home = self._choose(row, ready, load)
+                load[home] += 1
+            self._home[row.request] = home
+            if row.page_hashes and (row.start == 0 or row.page_hashes[0] in self._prefixes):
+                self._prefixes[row.page_hashes[0]] = home
+                self._prefixes.move_to_end(row.page_hashes[0])
+        while len(self._prefixes) > _KNOWN_PREFIXES:
+            self._prefixes.popitem(last=False)
+        return [self._home[row.request] for row in rows]
+
+    def _choose(self, row: ProposalRow, ready: list[int], load: Counter[int]) -> int:
+        """Where a request's cached prefix is, else where the fewest requests are."""
+        holder = self._prefixes.get(row.page_hashes[0]) if row.page_hashes and row.start else None
+        return holder if holder in ready else min(ready, key=lambda i: (load[i], i))
+
+    def _follow(self) -> None:
+        """Open a link for every draft of the link file. Links beyond its end rest until it names as many again."""
+        while not self._closing.is_set():
+            while len(self.links) < max(self._num_drafts(), 1):
+                link = self._new_link(len(self.links))
+                link.start()
+                self.links.append(link)
+            self._sum_up()
+            self._closing.wait(_POLL_S)
+
+    def _num_drafts(self) -> int:
+        try:
+            return len(read_link_file(self._path).addresses)
+        except UserError:
+            # The links themselves report what is wrong with the file.
+            return 0
+
+    def _all_ready(self) -> bool:
+        asked = max(self._num_drafts(), 1)
+        return len(self.links) >= asked and all(link.num_speculative_tokens for link in self.links[:asked])
+
+    def _sum_up(self) -> None:
+        each = [link.status.as_dict() for link in self.links]
+        if not each:
+            return
+        for name in each[0]:
+            values = [status[name] for status in each]
+            self.status[name] = max(values) if name in GAUGES else sum(values)
+        self.status["drafts_connected"] = sum(status["connected"] for status in each)
