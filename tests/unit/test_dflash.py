@@ -8,18 +8,19 @@ from unmask.decoding.speculative import DraftState
 from unmask.errors import CheckpointError
 from unmask.masking.anchored import anchored_block, dense_mask
 from unmask.models.dflash import DFlashConfig, spread_layer_ids
-from unmask.objectives.drafting import cut_blocks
-from unmask.training.draft_trainer import DraftingForward
+from unmask.training.drafting_forward import DraftingForward, training_blocks
+from unmask.training.sequences import Batch
 
 TOLERANCE = 1e-5
 
 
 def train_logits(target, draft, ids_BT, response_BT, anchors_BM, features=None):
-    blocks = cut_blocks(ids_BT, response_BT, anchors_BM, draft.config.block_size, MASK)
+    batch = Batch((), ids_BT, response_BT, torch.zeros_like(ids_BT), ())
+    blocks = training_blocks(batch, anchors_BM, draft.config.block_size, MASK)
     features = target.features(ids_BT) if features is None else features
     with torch.no_grad():
-        hidden = DraftingForward(draft)(blocks.ids_BMQ, blocks.positions_BMQ, anchors_BM, features, target.embedding)
-    return hidden[:, :, 1:] @ target.lm_head.T
+        hidden, _ = DraftingForward(draft)(blocks, features, target.embedding, packed=False)
+    return hidden @ target.lm_head.T
 
 
 def test_training_and_serving_give_the_same_logits():

@@ -1,13 +1,27 @@
 """The drafting objective against slow references."""
 
+import itertools
 import math
 
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.draft_tools import MASK
-from unmask.objectives.drafting import choose_anchors, cut_blocks, decay_weights, drafting_loss
+from unmask.config import DistillConfig
+from unmask.objectives.drafting import (
+    certainty_gates,
+    choose_anchors,
+    cut_blocks,
+    decay_weights,
+    drafting_loss,
+    position_weights,
+    report,
+)
+from unmask.objectives.row_losses import RowObjective, Rows, row_losses
+from unmask.training.chunked_head import chunked_rows, eager_rows
+from unmask.training.rates import certainty_weight
 
 
 @given(
@@ -56,45 +70,133 @@ def test_decay_is_the_papers():
     assert torch.allclose(decay_weights(4, gamma=1.0), torch.tensor([1.0, math.exp(-1), math.exp(-2)]))
 
 
-def reference_loss(logits, labels, valid, weights, beta, temperature):
-    """Equation by equation, one row at a time."""
-    cross_entropy = weight = entropy = right = 0.0
-    for n in range(labels.shape[0]):
-        for k in range(labels.shape[1]):
-            if not valid[n, k]:
-                continue
-            z = logits[n, k].double()
-            cross_entropy += float(weights[k] * (z.logsumexp(0) - z[labels[n, k]]))
-            weight += float(weights[k])
-            if int(z.argmax()) == int(labels[n, k]):
-                p = (z / temperature).softmax(0)
-                entropy += float(-(p * p.log()).sum())
-                right += 1
-    return cross_entropy / weight + beta * (entropy / right if right else 0.0)
-
-
-@given(seed=st.integers(0, 200), beta=st.sampled_from([0.0, 0.5, 2.0]))
-def test_loss_matches_the_reference_and_splits_over_ranks(seed, beta):
+def random_rows(seed, blocks=6, size=3, vocabulary=11):
+    """Logits that are often right, labels, target logits, validity that only ever ends (as blocks do)."""
     generator = torch.Generator().manual_seed(seed)
-    logits = 2 * torch.randn(6, 3, 11, generator=generator)
-    labels = torch.randint(0, 11, (6, 3), generator=generator)
-    logits.scatter_add_(2, labels[..., None], 3 * torch.rand(6, 3, 1, generator=generator))
-    valid = torch.rand(6, 3, generator=generator) < 0.7
-    valid[0, 0] = True
-    weights = decay_weights(4)
-    whole = drafting_loss(logits, labels, valid, weights, 0.5)
-    expected = reference_loss(logits, labels, valid, weights, beta, 0.5)
-    assert math.isclose(float(whole.loss(whole.totals(), beta)), expected, rel_tol=1e-4)
-    assert math.isclose(whole.report(whole.totals(), beta)["loss"], expected, rel_tol=1e-4)
+    logits = 2 * torch.randn(blocks, size, vocabulary, generator=generator)
+    labels = torch.randint(0, vocabulary, (blocks, size), generator=generator)
+    logits.scatter_add_(2, labels[..., None], 5 * torch.rand(blocks, size, 1, generator=generator))
+    target = logits + torch.randn(blocks, size, vocabulary, generator=generator)
+    lengths = torch.randint(0, size + 1, (blocks, 1), generator=generator)
+    lengths[0] = size
+    return logits, labels, target, torch.arange(size) < lengths
+
+
+def entropy(z, temperature):
+    p = (z.double() / temperature).softmax(0)
+    return float(-(p * p.log()).sum())
+
+
+def reference_row(z, label, t, loss):
+    """The definitions, one row at a time in float64."""
+    q, p = z.double().softmax(0), t.double().softmax(0)
+    overlap = float(torch.minimum(p, q).sum())
+    kl = float((p * (p / q).log()).sum())
+    share = math.exp(-3 * overlap)
+    return {
+        "ce": -math.log(float(q[label])),
+        "kl": kl,
+        "tv": 0.5 * float((p - q).abs().sum()),
+        "lk_hybrid": share * kl + (1 - share) * (1 - overlap),
+    }[loss]
+
+
+def reference_weight(kind, block, k, right, confidence, valid, decay):
+    if not valid[block][k]:
+        return 0.0
+    if kind == "decay":
+        return decay[k]
+    if kind == "first_miss":
+        return float(all(right[block][j] for j in range(k)))
+    smooth = [0.5 * c + 0.5 for c in confidence[block]]
+    return sum(math.prod(smooth[: end + 1]) for end in range(k, len(smooth)) if valid[block][end])
+
+
+def reference_gate(kind, block, k, right, confidence, valid):
+    if not (valid[block][k] and right[block][k]):
+        return 0.0
+    if kind == "prefix_right":
+        return float(all(right[block][j] for j in range(k)))
+    return math.prod(confidence[block][:k]) if kind == "target_relative" else 1.0
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 200),
+    loss=st.sampled_from(["ce", "kl", "tv", "lk_hybrid"]),
+    weighting=st.sampled_from(["decay", "d_pace", "first_miss"]),
+    gate=st.sampled_from(["right", "prefix_right", "target_relative"]),
+    beta=st.sampled_from([0.0, 0.5, 2.0]),
+)
+def test_every_objective_matches_its_definition_and_splits_over_ranks(seed, loss, weighting, gate, beta):
+    logits, labels, target, valid = random_rows(seed)
+    objective = RowObjective(loss, entropy=True, temperature=0.5, relative=gate == "target_relative")
+    rows = row_losses(logits.flatten(0, 1), labels.flatten(), target.flatten(0, 1), objective).view(*labels.shape)
+    decay = decay_weights(4)
+
+    def sums(part):
+        chosen = Rows(rows.loss[part], rows.entropy[part], rows.right[part], rows.confidence[part])
+        weights = position_weights(weighting, chosen, valid[part], decay)
+        return drafting_loss(chosen, valid[part], weights, certainty_gates(gate, chosen, valid[part]))
+
+    right = (logits.argmax(-1) == labels).tolist()
+    confidence = logits.double().softmax(-1).gather(-1, labels[..., None])[..., 0].tolist()
+    row_sum = weight_sum = entropy_sum = gate_sum = 0.0
+    for block, k in itertools.product(range(6), range(3)):
+        z, t = logits[block, k], target[block, k]
+        weight = reference_weight(weighting, block, k, right, confidence, valid.tolist(), decay.tolist())
+        row_sum += weight * reference_row(z, int(labels[block, k]), t, loss)
+        weight_sum += weight
+        term = entropy(z, 0.5) - (entropy(t, 0.5) if gate == "target_relative" else 0.0)
+        of_gate = reference_gate(gate, block, k, right, confidence, valid.tolist())
+        entropy_sum += of_gate * max(term, 0.0)
+        gate_sum += of_gate
+    expected = row_sum / weight_sum + beta * (entropy_sum / gate_sum if gate_sum else 0.0)
+    whole = sums(slice(0, 6))
+    assert math.isclose(float(whole.loss(whole.totals(), beta)), expected, rel_tol=1e-4, abs_tol=1e-6)
+    assert math.isclose(float(report(whole.totals(), beta)["loss"]), expected, rel_tol=1e-4, abs_tol=1e-6)
     # Two ranks with very different numbers of valid rows add up to the same loss.
-    parts = [drafting_loss(logits[s], labels[s], valid[s], weights, 0.5) for s in (slice(0, 1), slice(1, 6))]
+    parts = [sums(slice(0, 1)), sums(slice(1, 6))]
     totals = parts[0].totals() + parts[1].totals()
-    assert math.isclose(sum(float(p.loss(totals, beta)) for p in parts), expected, rel_tol=1e-4)
+    assert math.isclose(sum(float(p.loss(totals, beta)) for p in parts), expected, rel_tol=1e-4, abs_tol=1e-6)
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 200),
+    loss=st.sampled_from(["ce", "kl", "tv", "lk_hybrid"]),
+    relative=st.booleans(),
+    chunk=st.sampled_from([1, 40, 100, 10**6]),
+)
+def test_chunks_give_the_terms_and_gradients_of_all_logits_at_once(seed, loss, relative, chunk):
+    generator = torch.Generator().manual_seed(seed)
+    hidden, target = torch.randn(2, 9, 6, generator=generator, dtype=torch.float64).unbind()
+    head = torch.randn(13, 6, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 13, (9,), generator=generator)
+    upstream = torch.rand(2, 9, generator=generator)
+    objective = RowObjective(loss, entropy=True, temperature=0.5, relative=relative)
+    results = []
+    for rows_of in (lambda *a: chunked_rows(*a, chunk_elements=chunk), eager_rows):
+        leaf = hidden.clone().requires_grad_()
+        rows = rows_of(leaf, head, labels, target, objective)
+        ((rows.loss * upstream[0]).sum() + (rows.entropy * upstream[1]).sum()).backward()
+        results.append((rows.loss.detach(), rows.entropy.detach(), rows.right, rows.confidence, leaf.grad))
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
 
 
 def test_a_rank_without_valid_rows_still_has_a_graph():
-    logits = torch.randn(2, 3, 5, requires_grad=True)
-    labels, valid = torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.bool)
-    loss = drafting_loss(logits, labels, valid, decay_weights(4), 0.5)
+    logits = torch.randn(6, 5, requires_grad=True)
+    labels, valid = torch.zeros(6, dtype=torch.long), torch.zeros(2, 3, dtype=torch.bool)
+    rows = row_losses(logits, labels, None, RowObjective(entropy=True)).view(2, 3)
+    weights = position_weights("decay", rows, valid, decay_weights(4))
+    loss = drafting_loss(rows, valid, weights, certainty_gates("right", rows, valid))
     loss.loss(loss.totals(), 1.0).backward()
     assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_beta_rises_when_the_schedule_says():
+    config = DistillConfig(beta=2.0, certainty_start=0.3, certainty_ramp=0.2)
+    weights = [certainty_weight(config, progress) for progress in (0.0, 0.29, 0.3, 0.4, 0.5, 1.0)]
+    assert weights == pytest.approx([0, 0, 0, 1, 2, 2])
+    assert certainty_weight(DistillConfig(beta=2.0), 0.0) == 2.0

@@ -15,10 +15,12 @@ from unmask.decoding.speculative import speculative_decode
 from unmask.errors import UserError
 from unmask.training.budget import Budget
 from unmask.training.draft_trainer import DraftTrainer
+from unmask.training.drafting_forward import DraftingForward, training_blocks
 from unmask.training.feature_cache import FeatureCache
 from unmask.training.head import TrainingHead
 from unmask.training.rates import learning_rate
 from unmask.training.sequences import SequenceSet, TokenSequence
+from unmask.training.step_report import StepReport
 from unmask.training.training_state import resume_state, save_state
 from unmask.types import SamplingOptions
 
@@ -38,7 +40,12 @@ def responses(target, count=8, length=14):
 def trainer(config=CONFIG, cache_bytes=10**8, **kwargs):
     target, draft = tiny_pair()
     torch.manual_seed(0)
-    sequences = SequenceSet(responses(target), batch_size=config.sequences_per_step, seed=config.seed)
+    sequences = SequenceSet(
+        responses(target),
+        batch_size=config.sequences_per_step,
+        seed=config.seed,
+        tokens_per_step=config.tokens_per_step,
+    )
     features = FeatureCache(target, sequences, cache_bytes)
     occurring = {t for s in sequences.sequences for t in s.ids}
     head = TrainingHead(target.lm_head, occurring, config.head_negatives)
@@ -78,6 +85,58 @@ def test_cached_and_recomputed_features_are_equal():
     half = trainer(cache_bytes=whole.bytes // 2).features
     assert 0 < half.warm_up() < 8
     assert half.bytes <= whole.bytes // 2
+
+
+@given(lengths=st.lists(st.integers(3, 40), min_size=4, max_size=30), seed=st.integers(0, 5))
+def test_packed_rows_hold_every_sequence_once_an_epoch(lengths, seed):
+    texts = [TokenSequence(tuple(range(2, 2 + length)), 1) for length in lengths]
+    sequences = SequenceSet(texts, batch_size=1, seed=seed, tokens_per_step=128)
+    visited, step = [], 0
+    while len(visited) < len(texts):
+        batch = sequences.batch(sequences.indices(step))
+        assert sum(batch.lengths) <= 128 == batch.ids_BT.shape[1]
+        start = 0
+        for index, length in zip(batch.indices, batch.lengths, strict=True):
+            assert batch.ids_BT[0, start : start + length].tolist() == list(texts[index].ids)
+            assert batch.response_BT[0, start : start + length].tolist() == [False] + [True] * (length - 1)
+            assert (batch.starts_BT[0, start : start + length] == start).all()
+            start += length
+        assert not batch.response_BT[0, start:].any()
+        visited += batch.indices
+        step += 1
+    assert sorted(visited) == list(range(len(texts)))
+
+
+def test_packed_and_padded_blocks_are_the_same():
+    """Hidden states of every anchor, several sequences in one row or each in its own."""
+    target, draft = tiny_pair()
+    texts = responses(target, count=3)
+    forward = DraftingForward(draft)
+    states = []
+    for tokens in (None, 128):
+        sequences = SequenceSet(texts, batch_size=1, seed=0, tokens_per_step=tokens)
+        batch = sequences.batch((0, 1, 2))
+        features = FeatureCache(target, sequences, 10**8).get((0, 1, 2))
+        offsets = [0, 0, 0] if tokens is None else [0, len(texts[0].ids), len(texts[0].ids) + len(texts[1].ids)]
+        anchors = torch.tensor([[2 + o, 7 + o] for o in offsets])
+        anchors = anchors if tokens is None else anchors.view(1, -1)
+        blocks = training_blocks(batch, anchors, draft.config.block_size, draft.config.mask_token_id)
+        with torch.no_grad():
+            hidden, _ = forward(blocks, features, target.embedding, packed=tokens is not None)
+        states.append(hidden.flatten(0, 1))
+    torch.testing.assert_close(states[0], states[1], atol=1e-5, rtol=0)
+
+
+def test_a_packed_step_learns():
+    config = dataclasses.replace(CONFIG, tokens_per_step=128, anchors_per_step=128, learning_rate=1e-2)
+    learner = trainer(config)
+    losses = [learner.step(step / 30)["loss"] for step in range(30)]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_a_report_reads_the_device_once():
+    report = StepReport({"loss": torch.tensor(2.0), "norm": torch.tensor(3.0)}, {"rate": 0.5})
+    assert dict(report) == {"loss": 2.0, "norm": 3.0, "rate": 0.5}
 
 
 def test_sampled_head_keeps_labels_and_rows_together():
@@ -122,7 +181,7 @@ def test_a_draft_learns_its_targets_text():
 
 
 def test_the_certainty_term_sharpens_what_is_right():
-    plain = trainer(dataclasses.replace(CONFIG, learning_rate=1e-2))
+    plain = trainer(dataclasses.replace(CONFIG, learning_rate=1e-2, beta=1e-6))
     forced = trainer(dataclasses.replace(CONFIG, learning_rate=1e-2, beta=2.0))
     for step in range(60):
         of_plain, of_forced = plain.step(step / 60), forced.step(step / 60)

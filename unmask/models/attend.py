@@ -68,7 +68,8 @@ class _MaskedAttend:
 
 
 @functools.cache
-def _compiled_flex() -> Callable[..., torch.Tensor]:
+def compiled_flex() -> Callable[..., torch.Tensor]:
+    """flex_attention as a compiled kernel; inside a compiled region it is inlined."""
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -79,7 +80,7 @@ class _FlexAttend:
         self.block_mask = block_mask
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        kernel = _compiled_flex() if q.is_cuda else flex_attention
+        kernel = compiled_flex() if q.is_cuda else flex_attention
         grouped = q.shape[2] != k.shape[2]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return kernel(q, k, v, block_mask=self.block_mask, enable_gqa=grouped).transpose(1, 2)

@@ -68,9 +68,15 @@ class KVCache:
         """Forget a row's columns from `length` on (0 frees the row)."""
         self._lengths[row] = min(self._lengths[row], length)
 
-    def select(self, rows_B: torch.Tensor, num_keys: int) -> CacheView:
-        """The rows of one forward, seen up to column `num_keys`. `rows_B` is int64 [B]; num_rows is the scratch row."""
-        return CacheView(self, rows_B, num_keys)
+    def select(self, rows_B: torch.Tensor, num_keys: int, *, leading: bool = False) -> CacheView:
+        """The rows of one forward, seen up to column `num_keys`.
+
+        Args:
+            rows_B: int64 [B]; num_rows is the scratch row.
+            num_keys: columns that are seen.
+            leading: `rows_B` is 0 .. B - 1, known on the host: keys and values are then seen in place, not copied.
+        """
+        return CacheView(self, rows_B, num_keys, leading)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +86,7 @@ class CacheView:
     cache: KVCache
     rows_B: torch.Tensor
     num_keys: int
+    leading: bool = False
 
     def scatter(
         self, layer: int, columns_BT: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -88,10 +95,10 @@ class CacheView:
         place = (self.rows_B[:, None], columns_BT)
         self.cache.keys[layer].index_put_(place, keys.to(self.cache.keys.dtype))
         self.cache.values[layer].index_put_(place, values.to(self.cache.values.dtype))
-        return (
-            self.cache.keys[layer, :, : self.num_keys].index_select(0, self.rows_B),
-            self.cache.values[layer, :, : self.num_keys].index_select(0, self.rows_B),
-        )
+        seen = self.cache.keys[layer, :, : self.num_keys], self.cache.values[layer, :, : self.num_keys]
+        if self.leading:
+            return seen[0][: len(self.rows_B)], seen[1][: len(self.rows_B)]
+        return seen[0].index_select(0, self.rows_B), seen[1].index_select(0, self.rows_B)
 
     def scatter_hidden(self, columns_BT: torch.Tensor, hidden_BTH: torch.Tensor) -> None:
         """Keep the last hidden states of the fed columns, for windows that begin right after them."""

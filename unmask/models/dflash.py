@@ -17,11 +17,13 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from unmask.errors import CheckpointError
 from unmask.masking.anchored import context_mask
+from unmask.models.attend import compiled_flex
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +70,8 @@ class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm that runs fused under autocast too, where weights and rows differ in dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        # On a GPU autocast computes the norm in float32; rows go on in their own dtype.
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
 
 
 class DFlashAttention(nn.Module):
@@ -95,16 +98,18 @@ class DFlashAttention(nn.Module):
         return keys, self.heads(self.v_proj(x))
 
     def forward(
-        self, x_BQH: Tensor, cos: Tensor, sin: Tensor, context_k: Tensor, context_v: Tensor, mask: Tensor
+        self, x_BQH: Tensor, cos: Tensor, sin: Tensor, context_k: Tensor, context_v: Tensor, mask: Tensor | BlockMask
     ) -> Tensor:
         """Block rows attend to context [B, S, n_kv, d] and to themselves where `mask` allows."""
         queries = rotate(self.q_norm(self.heads(self.q_proj(x_BQH))), cos, sin)
         block_k, block_v = self.keys_values(x_BQH, cos, sin)
         keys = torch.cat([context_k.to(block_k.dtype), block_k], dim=1)
         values = torch.cat([context_v.to(block_v.dtype), block_v], dim=1)
-        attended = F.scaled_dot_product_attention(
-            queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask, enable_gqa=True
-        )
+        queries, keys, values = (t.transpose(1, 2) for t in (queries, keys, values))
+        if isinstance(mask, BlockMask):
+            attended = compiled_flex()(queries, keys, values, block_mask=mask, enable_gqa=True)
+        else:
+            attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
         return self.o_proj(attended.transpose(1, 2).flatten(-2))
 
 
@@ -132,7 +137,7 @@ class DFlashLayer(nn.Module):
         self.mlp = DFlashMLP(config)
 
     def forward(
-        self, x_BQH: Tensor, cos: Tensor, sin: Tensor, context_k: Tensor, context_v: Tensor, mask: Tensor
+        self, x_BQH: Tensor, cos: Tensor, sin: Tensor, context_k: Tensor, context_v: Tensor, mask: Tensor | BlockMask
     ) -> Tensor:
         x_BQH = x_BQH + self.self_attn(self.input_layernorm(x_BQH), cos, sin, context_k, context_v, mask)
         return x_BQH + self.mlp(self.post_attention_layernorm(x_BQH))
@@ -169,7 +174,7 @@ class DFlashDraft(nn.Module):
         return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
 
     def forward(
-        self, x_BQH: Tensor, positions_BQ: Tensor, context_k: Tensor, context_v: Tensor, mask: Tensor
+        self, x_BQH: Tensor, positions_BQ: Tensor, context_k: Tensor, context_v: Tensor, mask: Tensor | BlockMask
     ) -> Tensor:
         """One denoising pass over block rows; the LM head is applied by the caller.
 
@@ -177,7 +182,7 @@ class DFlashDraft(nn.Module):
             x_BQH: embedded block rows, anchors and masks.
             positions_BQ: int64 absolute positions.
             context_k: [L, B, S, num_kv_heads, d]; so is `context_v`.
-            mask: bool, broadcastable to [B, 1, Q, S + Q].
+            mask: bool, broadcastable to [B, 1, Q, S + Q]; or a BlockMask over the same rows and keys (training).
 
         Returns:
             [B, Q, H] after the final norm. Row k of a block predicts the token AT its own position.

@@ -73,11 +73,14 @@ class TargetModel:
         return logits, torch.cat(captured, dim=-1)
 
     @torch.no_grad()
-    def features(self, ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
-        """Features [B, T, D * H] of whole sequences, right-padded; the LM head is not run."""
+    def features(self, ids_BT: Tensor, attention_mask_BT: Tensor | None = None, *, final: bool = False) -> Tensor:
+        """Features [B, T, D * H] of whole sequences, right-padded; the LM head is not run.
+
+        With `final`, the states that the LM head would be given follow: [B, T, D * H + H].
+        """
         with self._capture() as captured:
-            self.model.get_decoder()(ids_BT, attention_mask=attention_mask_BT, use_cache=False)
-        return torch.cat(captured, dim=-1)
+            last = self.model.get_decoder()(ids_BT, attention_mask=attention_mask_BT, use_cache=False)[0]
+        return torch.cat([*captured, last] if final else captured, dim=-1)
 
     @contextmanager
     def _capture(self) -> Iterator[list[Tensor]]:

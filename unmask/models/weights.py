@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from unmask.errors import CheckpointError
 from unmask.files import atomic_path, write_json
 from unmask.models.transformer import DiffusionLM, ModelConfig
+from unmask.tensor_files import save_tensors
 
 Rename = Callable[[str], str]
 
@@ -97,7 +97,7 @@ def save_network(network: DiffusionLM, directory: str | Path, config: dict[str, 
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {to_published(name): tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
     with atomic_path(directory / "model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_tensors(tensors, temporary, metadata={"format": "pt"})
     write_json(directory / "config.json", config)
 
 

@@ -1,4 +1,4 @@
-"""The DFlash training objective (arXiv 2602.06036, section 4): anchored blocks and position-decayed cross-entropy.
+"""The DFlash training objective (arXiv 2602.06036, section 4): anchored blocks, position weights, certainty gates.
 
 Dimension letters: B batch, T sequence, M anchors a sequence, K = block size - 1 predicted rows, V vocabulary.
 """
@@ -6,12 +6,16 @@ Dimension letters: B batch, T sequence, M anchors a sequence, K = block size - 1
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unmask.objectives.certainty_forcing import certainty_entropy
+from unmask.objectives.row_losses import Rows
+
+Weighting = Literal["decay", "d_pace", "first_miss"]
+Gate = Literal["right", "prefix_right", "target_relative"]
 
 GAMMA = {16: 7.0, 10: 5.0, 8: 4.0}
 """Decay constants of the paper by block size."""
@@ -29,7 +33,9 @@ class AnchoredBlocks:
     """False where a label lies outside the response, and in dead blocks."""
 
 
-def choose_anchors(response_BT: Tensor, num_anchors: int, generator: torch.Generator) -> Tensor:
+def choose_anchors(
+    response_BT: Tensor, num_anchors: int, generator: torch.Generator, first_BT: Tensor | None = None
+) -> Tensor:
     """Draw M anchors a sequence, uniformly without replacement among valid response positions.
 
     A position is valid if it and the next one are response tokens. Sequences with fewer take them all and
@@ -38,12 +44,14 @@ def choose_anchors(response_BT: Tensor, num_anchors: int, generator: torch.Gener
     Args:
         response_BT: bool, True on response tokens.
         generator: draws the anchors (on the device of `response_BT`).
+        first_BT: bool, columns that are drawn before all others.
 
     Returns:
         int64 [B, M], ascending where alive.
     """
     valid = response_BT & F.pad(response_BT[:, 1:], (0, 1), value=False)
-    scores = torch.rand(valid.shape, generator=generator, device=valid.device).masked_fill(~valid, -1.0)
+    scores = torch.rand(valid.shape, generator=generator, device=valid.device)
+    scores = (scores if first_BT is None else scores + first_BT).masked_fill(~valid, -1.0)
     best, positions = scores.topk(min(num_anchors, valid.shape[1]), dim=1)
     anchors = positions.masked_fill(best < 0, valid.shape[1]).sort(dim=1).values
     anchors = F.pad(anchors, (0, num_anchors - anchors.shape[1]), value=valid.shape[1])
@@ -73,62 +81,97 @@ def decay_weights(block_size: int, gamma: float | None = None, device: torch.dev
     return torch.exp(-torch.arange(block_size - 1, device=device, dtype=torch.float32) / gamma)
 
 
+def position_weights(kind: Weighting, rows: Rows, valid_NK: Tensor, decay_K: Tensor, smoothing: float = 0.5) -> Tensor:
+    """w_k of every row (float32 [N, K], no gradient, 0 where invalid).
+
+    `decay` is the paper's fixed decay. `d_pace` weighs a row by the expected accepted suffix that begins at it, with
+    confidences smoothed towards 1 (D-PACE, arXiv 2605.18810). `first_miss` trains up to the first wrong row and
+    nothing behind it (Spec-AUF, arXiv 2607.01893).
+    """
+    if kind == "decay":
+        return decay_K * valid_NK
+    if kind == "first_miss":
+        return _before(rows.right.float()) * valid_NK
+    smooth = torch.where(valid_NK, (1 - smoothing) * rows.confidence.detach() + smoothing, 1.0)
+    return (smooth.cumprod(-1) * valid_NK).flip(-1).cumsum(-1).flip(-1) * valid_NK
+
+
+def certainty_gates(kind: Gate, rows: Rows, valid_NK: Tensor) -> Tensor:
+    """How much of the certainty term each row carries (float32 [N, K], no gradient).
+
+    `right`: rows whose argmax is right (dParallel, arXiv 2509.26488). `prefix_right`: if all rows before are right
+    too. `target_relative`: right rows by the probability that a verification reaches them; its term is the entropy
+    above the target's own (`RowObjective.relative`).
+    """
+    right = (rows.right & valid_NK).float()
+    if kind == "right":
+        return right
+    if kind == "prefix_right":
+        return right.cumprod(-1)
+    return _before(rows.confidence.detach() * valid_NK) * right
+
+
+def _before(values_NK: Tensor) -> Tensor:
+    """Product of all earlier columns."""
+    return F.pad(values_NK[..., :-1], (1, 0), value=1.0).cumprod(-1)
+
+
 @dataclass(frozen=True, slots=True)
 class DraftingLoss:
-    """Sums over this rank's rows; the denominators are the counts summed over all ranks."""
+    """Sums over this rank's rows; the denominators are sums over all ranks."""
 
-    cross_entropy_sum: Tensor
-    """sum_k w_k * CE_k over valid rows."""
+    row_sum: Tensor
+    """sum_k w_k * l_k over valid rows."""
     weight_sum: Tensor
     """sum_k w_k over valid rows."""
     entropy_sum: Tensor
-    """Sum of H_T over valid rows whose argmax is right."""
+    """Certainty term, each row times its gate."""
+    gate_sum: Tensor
     right_count: Tensor
+    accepted_sum: Tensor
+    """Right rows before the first wrong one, over all blocks."""
     valid_count: Tensor
+    block_count: Tensor
 
     def totals(self) -> Tensor:
-        """All sums, detached, as one float32 [5] vector to be reduced over ranks."""
-        parts = (self.weight_sum, self.right_count, self.valid_count, self.cross_entropy_sum, self.entropy_sum)
+        """All sums, detached, as one float32 [8] vector to be reduced over ranks."""
+        parts = (
+            self.weight_sum, self.gate_sum, self.valid_count, self.row_sum, self.entropy_sum, self.right_count,
+            self.accepted_sum, self.block_count,
+        )  # fmt: skip
         return torch.stack([part.detach().float() for part in parts])
 
     def loss(self, totals: Tensor, beta: float) -> Tensor:
-        """This rank's share of L = sum w CE / sum w + beta * sum H / #right, with global denominators."""
-        share = self.cross_entropy_sum / totals[0].clamp(min=1e-6)
-        return share + beta * self.entropy_sum / totals[1].clamp(min=1.0) if beta else share
-
-    def report(self, totals: Tensor, beta: float) -> dict[str, float]:
-        """The global loss and its parts as plain numbers."""
-        weight, right, valid, cross_entropy, entropy = totals.tolist()
-        cross_entropy /= max(weight, 1e-6)
-        entropy /= max(right, 1.0)
-        return {
-            "loss": cross_entropy + beta * entropy,
-            "cross_entropy": cross_entropy,
-            "entropy": entropy,
-            "accuracy": right / max(valid, 1.0),
-        }
+        """This rank's share of L = sum w l / sum w + beta * sum g H / sum g, with global denominators."""
+        share = self.row_sum / totals[0].clamp(min=1e-6)
+        return share + beta * self.entropy_sum / totals[1].clamp(min=1e-6) if beta else share
 
 
-def drafting_loss(
-    logits_NKV: Tensor, labels_NK: Tensor, valid_NK: Tensor, weights_K: Tensor, temperature: float
-) -> DraftingLoss:
-    """Position-decayed cross-entropy, and the certainty term on rows that are already right.
+def report(totals: Tensor, beta: float) -> dict[str, Tensor]:
+    """The global loss and its parts as float32 scalars on the device of `totals`.
 
-    Args:
-        logits_NKV: predictions of the masked rows, any float dtype (computed in float32).
-        labels_NK: int64 labels, indices into V.
-        valid_NK: bool; rows that count.
-        weights_K: `decay_weights`.
-        temperature: T of the certainty term's entropy (dParallel: 0.5).
+    `acceptance` is teacher-forced (1 + right rows before the first wrong one); it does not predict a served pairing's.
     """
-    logits = logits_NKV.float()
-    cross_entropy = F.cross_entropy(logits.flatten(0, -2), labels_NK.flatten(), reduction="none").view_as(labels_NK)
-    weights = weights_K * valid_NK
-    entropy, right_count = certainty_entropy(logits, labels_NK, valid_NK, temperature)
+    weight, gate, valid, row, entropy, right, accepted, blocks = totals.unbind()
+    row, entropy = row / weight.clamp(min=1e-6), entropy / gate.clamp(min=1e-6)
+    return {
+        "loss": row + beta * entropy,
+        "cross_entropy": row,
+        "entropy": entropy,
+        "accuracy": right / valid.clamp(min=1.0),
+        "acceptance": 1 + accepted / blocks.clamp(min=1.0),
+    }
+
+
+def drafting_loss(rows: Rows, valid_NK: Tensor, weights_NK: Tensor, gates_NK: Tensor) -> DraftingLoss:
+    """Sum the rows' terms under their weights and gates; everything is [N, K]."""
     return DraftingLoss(
-        cross_entropy_sum=(weights * cross_entropy).sum(),
-        weight_sum=weights.sum(),
-        entropy_sum=entropy * right_count,
-        right_count=right_count,
+        row_sum=(weights_NK * rows.loss).sum(),
+        weight_sum=weights_NK.sum(),
+        entropy_sum=(gates_NK * rows.entropy).sum(),
+        gate_sum=gates_NK.sum(),
+        right_count=(rows.right & valid_NK).sum(),
+        accepted_sum=(rows.right & valid_NK).float().cumprod(-1).sum(),
         valid_count=valid_NK.sum(),
+        block_count=valid_NK[..., 0].sum(),
     )

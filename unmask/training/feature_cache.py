@@ -15,12 +15,24 @@ class FeatureCache:
     Args:
         target: the frozen target, on the training device.
         sequences: whose features are asked for.
-        max_bytes: bound of what is kept (in host memory); sequences beyond it are recomputed at every visit.
+        max_bytes: bound of what is kept; sequences beyond it are recomputed at every visit.
         batch_tokens: padded tokens of one target forward while warming up.
+        final: append the target's final (normed) states, from which its logits follow: [T, D * H + H].
+        device: where features are kept.
     """
 
-    def __init__(self, target: TargetModel, sequences: SequenceSet, max_bytes: int, batch_tokens: int = 4096) -> None:
+    def __init__(
+        self,
+        target: TargetModel,
+        sequences: SequenceSet,
+        max_bytes: int,
+        batch_tokens: int = 4096,
+        *,
+        final: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.target, self.sequences = target, sequences
+        self.final, self.keep_on = final, torch.device(device)
         self.max_bytes, self.batch_tokens = max_bytes, batch_tokens
         self.kept: dict[int, Tensor] = {}
         self.bytes = 0
@@ -41,24 +53,23 @@ class FeatureCache:
         return len(self.kept)
 
     def get(self, indices: tuple[int, ...]) -> Tensor:
-        """Features [B, T, D * H] of a batch, right-padded with zeros, on the target's device."""
+        """Features of a batch where its tokens are, zero elsewhere, on the target's device: [B, T, F]."""
         missing = [i for i in indices if i not in self.kept]
         fresh = dict(zip(missing, self._compute(missing), strict=True)) if missing else {}
         rows = [self.kept[i] if i in self.kept else fresh[i] for i in indices]
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return padded.to(self.target.device, non_blocking=True)
+        return self.sequences.batch(indices).lay_out(rows).to(self.target.device, non_blocking=True)
 
     def _keep(self, indices: list[int]) -> None:
         for index, features in zip(indices, self._compute(indices), strict=True):
             size = features.numel() * features.element_size()
             if self.bytes + size <= self.max_bytes:
-                self.kept[index] = features.cpu()
+                self.kept[index] = features.to(self.keep_on)
                 self.bytes += size
 
     def _compute(self, indices: list[int]) -> list[Tensor]:
-        batch = self.sequences.batch(indices)
+        batch = self.sequences.padded(indices)
         ids = batch.ids_BT.to(self.target.device)
-        mask = torch.arange(ids.shape[1]) < batch.length_B[:, None]
-        features = self.target.features(ids, mask.to(ids.device).long())
+        mask = torch.arange(ids.shape[1]) < torch.tensor(batch.lengths)[:, None]
+        features = self.target.features(ids, mask.to(ids.device).long(), final=self.final)
         # Cloned row by row: a view would keep the whole padded batch alive.
-        return [features[row, :length].clone() for row, length in enumerate(batch.length_B.tolist())]
+        return [features[row, :length].clone() for row, length in enumerate(batch.lengths)]

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from unmask.files import atomic_directory, verify_directory
+from unmask.tensor_files import save_tensors
 
 _TENSORS = "state.safetensors"
 _META = "state.json"
@@ -39,13 +40,17 @@ class Trainer(Protocol):
 def save_state(directory: Path, trainer: Trainer, meta: dict[str, Any], keep: int = 2) -> Path:
     """Write `step-NNNNNNNN` under a directory atomically, then remove all but the newest `keep`.
 
+    One process at a time may save into a directory.
+
     Args:
         meta: JSON values that come back with the state (seconds used, first loss ...).
     """
+    for leftover in directory.glob(".step-*"):  # of a process that was killed while it saved
+        shutil.rmtree(leftover)
     path = directory / f"step-{trainer.steps_done:08d}"
     state = trainer.state_dict()
     with atomic_directory(path) as partial:
-        save_file(_flatten(state), partial / _TENSORS)
+        save_tensors(_flatten(state), partial / _TENSORS)
         (partial / _META).write_text(json.dumps(meta | {"steps_done": trainer.steps_done}))
     for old in _steps(directory)[:-keep]:
         shutil.rmtree(old)

@@ -1,0 +1,61 @@
+"""The confidence head: calibrated on a case whose probabilities are known, and without a path into the draft."""
+
+from __future__ import annotations
+
+import torch
+
+from unmask.objectives.confidence import ConfidenceHead, calibration_error, confidence_loss
+from unmask.objectives.row_losses import Rows
+
+HIDDEN, K = 16, 3
+
+
+def synthetic(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, Rows]:
+    """States whose direction decides, through a logistic law, how likely each row is right."""
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(count, K, HIDDEN, generator=generator)
+    law = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(99))
+    units = states / states.norm(dim=-1, keepdim=True)
+    probability = (3 * units @ law + torch.tensor([1.0, 0.0, -1.0])).sigmoid()
+    right = torch.rand(count, K, generator=generator) < probability
+    return states, probability, Rows(torch.zeros(count, K), torch.zeros(count, K), right, probability)
+
+
+def test_it_learns_the_acceptance_probability() -> None:
+    states, _, rows = synthetic(8000, 0)
+    valid = torch.ones(8000, K, dtype=torch.bool)
+    head = ConfidenceHead(HIDDEN, K)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=60, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = confidence_loss(head(states), rows, valid)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    held_out, probability, seen = synthetic(8000, 1)
+    with torch.no_grad():
+        told = head(held_out).sigmoid()
+        expected = head.expected_accepted(held_out)
+    assert (told - probability).abs().mean() < 0.03
+    assert calibration_error(told.flatten(), seen.right.flatten()) < 0.02
+    assert calibration_error(torch.full_like(told, 0.9).flatten(), seen.right.flatten()) > 0.2
+    accepted = seen.right.float().cumprod(-1).sum(-1).mean()
+    torch.testing.assert_close(expected[:, -1].mean(), accepted, atol=0.05, rtol=0)
+
+
+def test_rows_that_no_verification_reaches_do_not_count() -> None:
+    right = torch.tensor([[True, False, True], [True, True, False]])
+    rows = Rows(torch.zeros(2, 3), torch.zeros(2, 3), right, torch.zeros(2, 3))
+    valid = torch.tensor([[True, True, True], [True, False, False]])
+    logits = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    logistic = torch.nn.functional.softplus
+    expected = (logistic(-logits[0, 0]) + logistic(logits[0, 1]) + logistic(-logits[1, 0])) / 3
+    torch.testing.assert_close(confidence_loss(logits, rows, valid), expected)
+
+
+def test_no_gradient_reaches_the_draft() -> None:
+    states = torch.randn(2, K, HIDDEN, requires_grad=True)
+    ConfidenceHead(HIDDEN, K)(states).sum().backward()
+    assert states.grad is None

@@ -1,0 +1,49 @@
+"""The confidence head: how likely each drafted token is to be accepted, given that all before it are.
+
+Its inputs are the draft's final states without their graph, so that it never changes the draft. Serving multiplies its
+outputs along a block to see how many tokens are worth verifying. Dimension letters: N blocks, K rows, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unmask.objectives.row_losses import Rows
+
+
+class ConfidenceHead(nn.Module):
+    """A logit a row: a linear reading of its state, and an offset for its position."""
+
+    def __init__(self, hidden_size: int, num_rows: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(num_rows))
+
+    def forward(self, hidden_NKH: Tensor) -> Tensor:
+        """Logits [N, K] (float32) that row k is accepted if rows before it are; K may be smaller than in training."""
+        states = F.normalize(hidden_NKH.detach().float(), dim=-1) * hidden_NKH.shape[-1] ** 0.5
+        return states @ self.weight + self.bias[: hidden_NKH.shape[-2]]
+
+    def expected_accepted(self, hidden_NKH: Tensor) -> Tensor:
+        """Expected accepted drafts [N, K] of a block cut after each of its rows."""
+        return self(hidden_NKH).sigmoid().cumprod(-1).cumsum(-1)
+
+
+def confidence_loss(logits_NK: Tensor, rows: Rows, valid_NK: Tensor) -> Tensor:
+    """Mean binary cross-entropy over the rows that a verification reaches: those with none wrong before them.
+
+    A proper scoring rule: its minimiser is the acceptance probability itself.
+    """
+    reached = valid_NK & F.pad((rows.right & valid_NK)[..., :-1], (1, 0), value=True).long().cumprod(-1).bool()
+    losses = F.binary_cross_entropy_with_logits(logits_NK, rows.right.float(), reduction="none")
+    return (losses * reached).sum() / reached.sum().clamp(min=1)
+
+
+def calibration_error(probability: Tensor, accepted: Tensor, num_bins: int = 10) -> float:
+    """Expected calibration error: |mean probability - share accepted| averaged over equal-width bins by their size."""
+    bins = (probability * num_bins).long().clamp(max=num_bins - 1)
+    counts = torch.bincount(bins, minlength=num_bins)
+    gaps = torch.bincount(bins, weights=(probability - accepted.float()).double(), minlength=num_bins).abs()
+    return float(gaps.sum() / counts.sum())

@@ -1,0 +1,137 @@
+"""What one predicted row costs: its loss, its entropy, and the gradients of both, from the logits of that row alone.
+
+A draft is accepted with probability sum_v min(p_v, q_v) at its best, which cross-entropy and KL bound and TV equals.
+LK-hybrid goes from KL to TV as they agree (arXiv 2602.23881). Dimension letters: N rows, V vocabulary; q is the
+draft's distribution, p the target's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+LossName = Literal["ce", "kl", "tv", "lk_hybrid"]
+_ETA = 3.0
+"""How soon LK-hybrid leans on TV (the paper's best)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowObjective:
+    """Which terms a row has."""
+
+    loss: LossName = "ce"
+    entropy: bool = False
+    """Whether the certainty term is computed."""
+    temperature: float = 0.5
+    """T of the certainty term."""
+    relative: bool = False
+    """The certainty term is [H_T(q) - H_T(p)]_+ in place of H_T(q)."""
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether the target's logits are needed beside its tokens."""
+        return self.loss != "ce" or (self.entropy and self.relative)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Per-row figures, float32 (bool for `right`); `loss` and `entropy` may carry gradients."""
+
+    loss: Tensor
+    entropy: Tensor
+    right: Tensor
+    """Whether the argmax is the target's token: the row is accepted at temperature 0 if all before it are."""
+    confidence: Tensor
+    """q of the target's token."""
+
+    def view(self, *shape: int) -> Rows:
+        """The same rows in another shape."""
+        return Rows(*(part.view(shape) for part in (self.loss, self.entropy, self.right, self.confidence)))
+
+
+def row_losses(logits_NV: Tensor, labels_N: Tensor, target_NV: Tensor | None, objective: RowObjective) -> Rows:
+    """The terms as written in the papers, differentiated by autograd: the reference of `row_gradients`.
+
+    Args:
+        logits_NV: the draft's, any float dtype (computed in float32).
+        labels_N: int64, the target's tokens.
+        target_NV: the target's logits at the same rows; None unless `objective.needs_target`.
+    """
+    logits = logits_NV.float()
+    log_q = logits.log_softmax(-1)
+    label_log_q = log_q.gather(-1, labels_N[:, None])[:, 0]
+    loss = -label_log_q
+    if objective.loss != "ce":
+        log_p = _known(target_NV).float().log_softmax(-1)
+        overlap = torch.minimum(log_q.exp(), log_p.exp()).sum(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        weight = _kl_share(objective.loss, overlap.detach())
+        loss = weight * kl + (1 - weight) * (1 - overlap)
+    entropy = torch.zeros_like(loss)
+    if objective.entropy:
+        entropy = _entropy(logits, objective.temperature)
+        if objective.relative:
+            entropy = (entropy - _entropy(_known(target_NV).float(), objective.temperature)).relu()
+    return Rows(loss, entropy, logits.detach().argmax(-1) == labels_N, label_log_q.detach().exp())
+
+
+def row_gradients(
+    logits_NV: Tensor, labels_N: Tensor, target_NV: Tensor | None, objective: RowObjective
+) -> tuple[Rows, list[Tensor]]:
+    """`row_losses` without a graph, and the gradient of each term with respect to the logits in closed form.
+
+    Written so that a compiler makes one pass for the sums and one for the gradients.
+
+    Returns:
+        The rows, and [N, V] gradients in the dtype of the logits: of the loss, then of the entropy if there is one.
+    """
+    logits = logits_NV.float()
+    log_q = logits.log_softmax(-1)
+    q = log_q.exp()
+    is_label = torch.arange(logits.shape[-1], device=logits.device) == labels_N[:, None]
+    label_log_q = log_q.gather(-1, labels_N[:, None])[:, 0]
+    loss, gradient = -label_log_q, q - is_label.float()
+    if objective.loss != "ce":
+        log_p = _known(target_NV).float().log_softmax(-1)
+        p = log_p.exp()
+        overlap = torch.minimum(q, p).sum(-1)
+        kl = (p * (log_p - log_q)).sum(-1)
+        weight = _kl_share(objective.loss, overlap)
+        loss = weight * kl + (1 - weight) * (1 - overlap)
+        below = (q < p).float()
+        of_tv = -q * (below - (below * q).sum(-1, keepdim=True))
+        gradient = weight[:, None] * (q - p) + (1 - weight[:, None]) * of_tv
+    gradients = [gradient.to(logits_NV.dtype)]
+    entropy = torch.zeros_like(loss)
+    if objective.entropy:
+        log_sharp = (logits / objective.temperature).log_softmax(-1)
+        sharp = log_sharp.exp()
+        entropy = -(sharp * log_sharp).sum(-1)
+        gradient = -sharp * (log_sharp + entropy[:, None]) / objective.temperature
+        if objective.relative:
+            entropy = entropy - _entropy(_known(target_NV).float(), objective.temperature)
+            gradient = gradient * (entropy > 0).float()[:, None]
+            entropy = entropy.relu()
+        gradients.append(gradient.to(logits_NV.dtype))
+    return Rows(loss, entropy, logits.argmax(-1) == labels_N, label_log_q.exp()), gradients
+
+
+def _known(target_NV: Tensor | None) -> Tensor:
+    if target_NV is None:
+        raise ValueError("this objective needs the target's logits")
+    return target_NV
+
+
+def _kl_share(loss: LossName, overlap_N: Tensor) -> Tensor:
+    """Share of KL in the loss; the rest is TV."""
+    if loss == "lk_hybrid":
+        return torch.exp(-_ETA * overlap_N)
+    return torch.full_like(overlap_N, 1.0 if loss == "kl" else 0.0)
+
+
+def _entropy(logits_NV: Tensor, temperature: float) -> Tensor:
+    log_probabilities = (logits_NV / temperature).log_softmax(-1)
+    return -(log_probabilities.exp() * log_probabilities).sum(-1)
