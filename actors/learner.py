@@ -1,123 +1,136 @@
-"""The training worker: one per rank under Ray Train. It places a `DraftTrainer` and keeps its checkpoints."""
+"""The training worker: one per rank under Ray Train. It runs any trainer and keeps its log and checkpoints."""
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from unmask.checkpoints import save_draft
-from unmask.config import Recipe
+from actors.stop_request import StopRequest
+from unmask.config import DistillConfig, TrainingConfig
 from unmask.files import write_json
-from unmask.models.dflash import DFlashConfig
-from unmask.models.draft_start import new_draft
-from unmask.models.target import TargetModel
 from unmask.provenance import PROVENANCE, RUN_YAML
-from unmask.recipe import parse_recipe
 from unmask.training.budget import Budget
-from unmask.training.draft_trainer import DraftingForward, DraftTrainer
-from unmask.training.feature_cache import FeatureCache
-from unmask.training.head import TrainingHead
-from unmask.training.sequences import SequenceSet, TokenSequence
+from unmask.training.sequences import SequenceSet
 from unmask.training.training_log import TrainingLog
-from unmask.training.training_state import resume_state, save_state
-from unmask.trajectories import read_tables
-from unmask.types import TargetRecord
+from unmask.training.training_state import Trainer, resume_state, save_state
+
+_STOPPED = 2.0
+"""In place of a share of the budget: a stop was asked for."""
 
 CHECKPOINTS, FINAL, SUMMARY = "checkpoints", "final", "summary.json"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LearnerSpec:
-    """What a worker is told. Plain data: it crosses process boundaries."""
+class SteppedTrainer(Trainer, Protocol):
+    """What the learner drives."""
 
-    recipe: dict[str, Any]
-    target_path: str
-    target_record: TargetRecord
-    draft: DFlashConfig
-    run_dir: str
+    device: torch.device
+    sequences: SequenceSet
+
+    def step(self, progress: float) -> dict[str, float]:
+        """One optimiser step at a share of the budget; scalars, `loss` among them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a rank trains, and how it reaches the others."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """The module, wrapped for data parallelism where there are several ranks."""
+        return ray.train.torch.prepare_model(module, move_to_device=False) if self.world_size > 1 else module
+
+    def sum(self, totals: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(totals)
+        return totals
+
+
+class TrainingJob(ABC):
+    """What one stage trains. Plain data with what to do with it: it crosses process boundaries."""
+
+    @property
+    @abstractmethod
+    def config(self) -> DistillConfig | TrainingConfig:
+        """Budget, cadence and placement."""
+
+    @property
+    @abstractmethod
+    def directory(self) -> Path:
+        """Where log, checkpoints and the result go."""
+
+    @abstractmethod
+    def build(self, place: Place) -> Any:
+        """The trainer of a rank, at step 0."""
+
+    @abstractmethod
+    def save(self, trainer: Any, path: Path, records: dict[str, str]) -> None:
+        """Write what was trained, with the run's records, as the checkpoint `path`."""
 
 
 def learn(loop_config: dict[str, Any]) -> None:
     """Entry point of every rank: train to the end of the budget, going on from the newest sound checkpoint."""
-    Learner(loop_config["spec"]).run()
+    Learner(loop_config["job"]).run()
 
 
 class Learner:
     """One rank's trainer, budget and (on rank 0) log and checkpoints."""
 
-    def __init__(self, spec: LearnerSpec) -> None:
-        self.spec = spec
-        self.recipe = parse_recipe(spec.recipe)
-        self.config = self.recipe.distill
+    def __init__(self, job: TrainingJob) -> None:
+        self.job, self.config, self.directory = job, job.config, job.directory
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.directory = Path(spec.run_dir) / "draft"
         if self.config.threads_per_worker:
             torch.set_num_threads(self.config.threads_per_worker)
-        self.trainer = self._build(ray.train.torch.get_device())
+        device = ray.train.torch.get_device()
+        self.trainer: SteppedTrainer = job.build(Place(rank=self.rank, world_size=self.world_size, device=device))
         self.budget = Budget(self.config.max_steps, self.config.max_seconds)
+        self.stop, self.stopped = StopRequest(self.directory), False
         self.first_loss: float | None = None
 
     def run(self) -> None:
-        """Train, and on rank 0 save the finished draft."""
+        """Train, and on rank 0 save what was trained; a stopped training leaves its state alone."""
         meta = resume_state(self.directory / CHECKPOINTS, self.trainer)
         if meta is not None:
             self.budget.seconds_used, self.first_loss = meta["seconds_used"], meta["loss_first"]
-        self.trainer.features.warm_up()
         log = TrainingLog(self.directory) if self.rank == 0 else None
         last = self._train(log)
         if log is not None:
             log.close()
-            self._save_final(last)
+            if not self.stopped:
+                self._save_final(last)
         ray.train.report({"steps": self.trainer.steps_done} | last)
 
-    def _build(self, device: torch.device) -> DraftTrainer:
-        """Target, sequences and draft of this rank; the draft is wrapped for data parallelism, never changed by it."""
-        precision = torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
-        target = TargetModel.load(self.spec.target_path, self.spec.draft.target_layer_ids, precision).to(device)
-        draft = new_draft(self.spec.draft, target.model, self.recipe.draft.init, self.config.seed).to(device)
-        everything = _sequences(self.recipe)
-        sequences = SequenceSet(
-            everything,
-            batch_size=self.config.sequences_per_step,
-            seed=self.config.seed,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
-        occurring = {token for s in everything for token in s.ids[s.prompt_length :]}
-        module = DraftingForward(draft)
-        return DraftTrainer(
-            draft,
-            FeatureCache(target, sequences, int(self.config.feature_cache_gb * 1e9)),
-            TrainingHead(target.lm_head, occurring, self.config.head_negatives),
-            self.config,
-            module=ray.train.torch.prepare_model(module, move_to_device=False) if self.world_size > 1 else module,
-            reduce=_sum_over_ranks if self.world_size > 1 else lambda x: x,
-            world_size=self.world_size,
-        )
-
     def _train(self, log: TrainingLog | None) -> dict[str, float]:
-        """Steps until the budget is spent; the last record (empty if there was nothing left to do)."""
+        """Steps until the budget is spent or a stop is asked for; the last record (empty without any step)."""
         window: list[dict[str, float]] = []
         last: dict[str, float] = {}
         saved_at = time.monotonic()
         while (progress := self._progress()) < 1.0:
             start = time.monotonic()
             window.append(self.trainer.step(progress))
-            self.budget.seconds_used += time.monotonic() - start
             if self.trainer.steps_done % self.config.log_every_steps == 0:
                 last, window = self._record(log, window), []
+            # After the record: a device works behind the host until somebody reads from it.
+            self.budget.seconds_used += time.monotonic() - start
             if log is not None and time.monotonic() - saved_at >= self.config.checkpoint_every_s:
                 self._save_checkpoint()
                 saved_at = time.monotonic()
+        self.stopped = progress == _STOPPED
         if window:
             last = self._record(log, window)
         if log is not None:
@@ -134,8 +147,8 @@ class Learner:
         return means
 
     def _progress(self) -> float:
-        """Rank 0's clock decides for all, so that every rank takes the same number of steps at the same rates."""
-        progress = self.budget.progress(self.trainer.steps_done)
+        """Rank 0's view decides for all, so that every rank takes the same number of steps at the same rates."""
+        progress = _STOPPED if self.stop.is_made() else self.budget.progress(self.trainer.steps_done)
         if self.world_size == 1:
             return progress
         shared = torch.tensor([progress], dtype=torch.float64, device=self.trainer.device)
@@ -147,9 +160,8 @@ class Learner:
         save_state(self.directory / CHECKPOINTS, self.trainer, meta)
 
     def _save_final(self, last: dict[str, float]) -> None:
-        published = self.trainer.average if self.config.ema else self.trainer.draft
         records = {name: (self.directory / name).read_text() for name in (RUN_YAML, PROVENANCE)}
-        save_draft(published, self.directory / FINAL, self.spec.target_record, texts=records)
+        self.job.save(self.trainer, self.directory / FINAL, records)
         summary = {
             "steps": self.trainer.steps_done,
             "seconds": self.budget.seconds_used,
@@ -158,17 +170,3 @@ class Learner:
             "sequences": len(self.trainer.sequences) * self.world_size,
         }
         write_json(self.directory / SUMMARY, summary)
-
-
-def _sum_over_ranks(totals: torch.Tensor) -> torch.Tensor:
-    dist.all_reduce(totals)
-    return totals
-
-
-def _sequences(recipe: Recipe) -> list[TokenSequence]:
-    tables = read_tables(Path(recipe.run_dir), ["prompt_ids", "response_ids"])
-    return [
-        TokenSequence(tuple(prompt + response), len(prompt))
-        for table in tables
-        for prompt, response in zip(table["prompt_ids"].to_pylist(), table["response_ids"].to_pylist(), strict=True)
-    ]

@@ -2,18 +2,26 @@
 
     python -m benchmarks.diffusion_throughput --out benchmarks/results/diffusion_throughput.json
 
-Random weights are never certain, so every forward commits exactly one token a row in every decoder: engine and loop do
-the same work for a token, and only the system differs. `plain_loop` is batch 1, feeds the whole row, computes the
-logits of every column, and tests each open column's entropy on the host, as the authors' loops do. `gpu_busy` is the
-share of wall time in which a kernel ran. `--tiny` proves the script on a CPU.
+Random weights are never certain: no threshold is ever met, and every forward commits the one token that it must. The
+work for a token is thus the same in engine and loop, and only the system differs. (D2F's blocks overlap by a token or
+two; `tokens_per_forward` says by how much.) Rows have the released settings' sizes: a response of 256 columns in
+blocks of 32, after a prompt of 128.
+
+`plain_loop` is batch 1, feeds the whole row, computes the logits of every column in float64, and tests each open
+column on the host, as the authors' loops do. `gpu_busy` is the time in which kernels ran over the wall time, in steady
+state: kernels are counted by the profiler over `PROFILED` steps in the middle, the wall time is that of an undisturbed
+run. Decoders that feed whole rows decode only the end of the response, since each of their forwards costs the same.
+`--tiny` proves the script on a CPU; its figures mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,146 +47,243 @@ SHAPES: dict[str, dict[str, Any]] = {
     "8b": {"d_model": 4096, "n_layers": 32, "n_heads": 32, "mlp_hidden_size": 12288, "vocab_size": 126464},
 }  # fmt: skip
 BLOCK = 32
-DECODERS: dict[str, dict[str, Any]] = {
-    "dparallel": {"name": "dparallel", "block_size": BLOCK},
-    "dparallel_dual": {"name": "dparallel", "block_size": BLOCK, "cache": "dual"},
-    "d2f": {"name": "d2f", "block_size": BLOCK},
-}
+PROFILED = BLOCK
+"""A block: decoders that refresh their cache do so once in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One decoder at one batch size."""
+
+    decoder: str
+    settings: dict[str, Any]
+    batch: int
+    decoded: int | None = None
+    """Tokens at the end of the response that are decoded; None decodes all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Rows of one measurement."""
+    """The columns of a row."""
 
-    prompt: int
-    response: int
+    prompt: int = 128
+    response: int = 256
 
-    def requests(self, batch: int, vocab_size: int, tag: str) -> list[DecodeRequest]:
+    def requests(self, case: Case, vocab_size: int, tag: str) -> list[DecodeRequest]:
         """Rows of equal length, so that all of them run from the first forward to the last."""
         generator = torch.Generator().manual_seed(0)
+        known = self.response - (case.decoded or self.response)
+        ids = torch.randint(2, vocab_size, (case.batch, self.prompt + known), generator=generator).tolist()
         options = SamplingOptions(max_tokens=self.response, ignore_eos=True)
-        ids = torch.randint(2, vocab_size, (batch, self.prompt), generator=generator).tolist()
         return [
-            DecodeRequest(request_id=f"{tag}{i}", prompt_ids=tuple(row), options=options) for i, row in enumerate(ids)
+            DecodeRequest(
+                request_id=f"{tag}{index}",
+                prompt_ids=tuple(row[: self.prompt]),
+                prefix=tuple(row[self.prompt :]),
+                options=options,
+            )
+            for index, row in enumerate(ids)
         ]
 
 
-LOADS = {"tiny": Load(16, 64), "135m": Load(64, 128), "8b": Load(64, 64)}
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What one measurement found."""
+
+    tokens_per_second: float
+    gpu_busy: float | None
+    tokens_per_forward: float
+    step_ms: float
 
 
-def random_network(shape: str, device: str, attention: str = "bidirectional") -> DiffusionLM:
-    """Weights drawn on the device; a block-causal network for D2F."""
-    section = {"attention": attention, "block_size": BLOCK if attention == "block_causal" else None}
-    config = llada.parse({**_COMMON, **SHAPES[shape], "unmask": section})
+def cases(shape: str) -> list[Case]:
+    """The most telling first: what is left when the time is up is named."""
+    block = {"block_size": BLOCK}
+    cached = {
+        "d2f": {"name": "d2f", **block},
+        "dparallel_dual": {"name": "dparallel", "cache": "dual", **block},
+        "threshold_dual": {"name": "threshold", "cache": "dual", **block},
+    }
+    whole = {"dparallel": {"name": "dparallel", **block}}
+    table = [Case(name, settings, batch) for name, settings in cached.items() for batch in (1, 32)]
+    table += [Case(name, s, batch, BLOCK if batch == 1 else 8) for name, s in whole.items() for batch in (1, 32)]
+    if shape != "8b":
+        table += [Case(name, settings, 64) for name, settings in cached.items()]
+        table += [Case(name, settings, 64, 8) for name, settings in whole.items()]
+    return table
+
+
+def random_network(shape: str, device: str) -> DiffusionLM:
+    """Weights drawn on the device."""
     torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
     with torch.device(device):
-        network = DiffusionLM(config)
+        network = DiffusionLM(llada.parse({**_COMMON, **SHAPES[shape]}))
     torch.set_default_dtype(torch.float32)
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.dim() >= 2:
                 parameter.normal_(std=0.02)
-    return network.to(device).requires_grad_(False).eval()
+    return network.requires_grad_(False).eval()
 
 
-def engine_speed(network: DiffusionLM, decoder_name: str, batch: int, load: Load) -> tuple[float, float]:
-    """(tokens per second, GPU busy share) of the engine, its graphs captured by an earlier pass."""
-    on_gpu = network.device.type == "cuda"
-    decoder = build_decoder(DECODERS[decoder_name], network)
+def engine_figures(network: DiffusionLM, case: Case, load: Load) -> Figures:
+    """The engine's; its graphs are captured by a run before."""
+    block_causal = case.settings["name"] == "d2f"
+    network.config = dataclasses.replace(
+        network.config,
+        attention="block_causal" if block_causal else "bidirectional",
+        block_size=BLOCK if block_causal else None,
+    )
+    decoder = build_decoder(case.settings, network)
     length = load.prompt + load.response
     config = EngineConfig(
-        max_rows=batch, max_length=length, max_fed_columns=batch * length, max_logits_mb=4096, cuda_graphs=on_gpu
+        max_rows=case.batch,
+        max_length=length,
+        max_fed_columns=case.batch * length,
+        max_logits_mb=4096,
+        cuda_graphs=network.device.type == "cuda",
     )
     engine = DiffusionEngine(decoder.cached_models, config)
-    list(engine.run(load.requests(batch, network.vocab_size, "warm"), decoder))
-    requests = load.requests(batch, network.vocab_size, "run")
-    return measured(lambda: list(engine.run(requests, decoder)), batch * load.response, on_gpu)
+
+    def submit(tag: str) -> list[str]:
+        requests = load.requests(case, network.vocab_size, tag)
+        for request in requests:
+            engine.submit(request, decoder)
+        return [request.request_id for request in requests]
+
+    def finish() -> int:
+        before = engine.num_steps
+        while engine.has_work:
+            engine.step()
+        return engine.num_steps - before
+
+    submit("warm")
+    finish()
+    submit("timed")
+    seconds, steps = timed(network, finish)
+    names = submit("profiled")
+    for _ in range(min(steps // 2, steps - 1)):
+        engine.step()
+    span = min(PROFILED, steps - steps // 2)
+    kernels = kernel_seconds(network, lambda: [engine.step() for _ in range(span)])
+    for name in names:
+        engine.abort(name)
+    tokens = case.batch * (case.decoded or load.response)
+    busy = None if kernels is None else min(1.0, kernels / span / (seconds / steps))
+    return Figures(tokens / seconds, busy, tokens / case.batch / steps, 1e3 * seconds / steps)
 
 
 @torch.inference_mode()
-def plain_loop(network: DiffusionLM, prompt: Sequence[int], response: int, threshold: float = 0.5) -> list[int]:
-    """dParallel's decoder at batch 1 as released: whole rows, all logits, one host test a token."""
-    device = network.device
-    ids = torch.full((1, len(prompt) + response), network.mask_id or 0, device=device)
-    ids[0, : len(prompt)] = torch.tensor(prompt, device=device)
-    positions = torch.arange(ids.shape[1], device=device)[None]
-    for start in range(len(prompt), ids.shape[1], BLOCK):
-        stop = min(start + BLOCK, ids.shape[1])
+def plain_loop(network: DiffusionLM, request: DecodeRequest, threshold: float = 0.5) -> None:
+    """dParallel's decoder as released: whole rows, all logits, one host test a token."""
+    known = [*request.prompt_ids, *request.prefix]
+    ids = torch.full((1, request.length), network.mask_id or 0, device=network.device)
+    ids[0, : len(known)] = torch.tensor(known, device=network.device)
+    positions = torch.arange(request.length, device=network.device)[None]
+    for start in range(len(request.prompt_ids), request.length, BLOCK):
+        stop = min(start + BLOCK, request.length)
         while (ids[:, start:stop] == network.mask_id).any():
             logits = network(ids, positions, mask=Full())
-            logits[..., network.mask_id] = -torch.inf
             masked = ids == network.mask_id
             masked[:, stop:] = False
             probabilities = logits.to(torch.float64).softmax(-1)
-            entropy = torch.special.entr(probabilities).sum(-1).masked_fill(~masked, torch.inf)
-            chosen = logits.argmax(-1)
+            entropy = -(probabilities * (probabilities + 1e-12).log()).sum(-1)
+            entropy = entropy.masked_fill(~masked, torch.inf)
+            chosen = logits[..., 1:].argmax(-1) + 1  # any token but the mask, which has id 0
             order = entropy[0].argsort()[: int(masked.sum())]
-            for rank, column in enumerate(order.tolist()):
+            for rank, column in enumerate(order):
                 if rank and entropy[0, column] > threshold:
                     break
                 ids[0, column] = chosen[0, column]
-    return ids[0, len(prompt) :].tolist()
 
 
-def plain_speed(network: DiffusionLM, load: Load) -> tuple[float, float]:
-    """(tokens per second, GPU busy share) of the plain loop."""
-    request = load.requests(1, network.vocab_size, "plain")[0]
-    plain_loop(network, request.prompt_ids, min(BLOCK, load.response))
-    on_gpu = network.device.type == "cuda"
-    return measured(lambda: plain_loop(network, request.prompt_ids, load.response), load.response, on_gpu)
+def plain_figures(network: DiffusionLM, load: Load) -> Figures:
+    """The plain loop's."""
+    case = Case("dparallel", {}, 1, BLOCK)
+    (request,) = load.requests(case, network.vocab_size, "plain")
+    plain_loop(network, request)
+    seconds, _ = timed(network, lambda: plain_loop(network, request))
+    kernels = kernel_seconds(network, lambda: plain_loop(network, request))
+    busy = None if kernels is None else min(1.0, kernels / seconds)
+    return Figures(BLOCK / seconds, busy, 1.0, 1e3 * seconds / BLOCK)
 
 
-def measured(work: Callable[[], object], tokens: int, on_gpu: bool) -> tuple[float, float]:
-    """Time one pass, then profile a second one for the time in kernels (profiling slows the host)."""
-    synchronise = torch.cuda.synchronize if on_gpu else lambda: None
-    synchronise()
-    start = time.monotonic()
-    work()
-    synchronise()
-    seconds = time.monotonic() - start
-    if not on_gpu:
-        return tokens / seconds, 0.0
+def timed(network: DiffusionLM, work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that some work takes, and its result."""
+    synchronise(network)
+    start = time.perf_counter()
+    result = work()
+    synchronise(network)
+    return time.perf_counter() - start, result
+
+
+def kernel_seconds(network: DiffusionLM, work: Callable[[], Any]) -> float | None:
+    """Time that kernels ran (one stream: they never overlap), by the profiler; None on a CPU."""
+    if network.device.type != "cuda":
+        work()
+        return None
+    synchronise(network)
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         work()
-        synchronise()
-    busy = sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6
-    return tokens / seconds, min(busy / seconds, 1.0)
+        synchronise(network)
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6
+
+
+def synchronise(network: DiffusionLM) -> None:
+    """Wait for the device."""
+    if network.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """How batch 32 compares with batch 1, and batch 1 with the plain loop."""
+    speed = {(row["shape"], row["engine"], row["decoder"], row["batch"]): row["tokens_per_second"] for row in rows}
+    lines = []
+    for (shape, engine, decoder, batch), figure in speed.items():
+        if engine == "ours" and batch == 1:
+            loop = speed.get((shape, "plain_loop", "dparallel", 1))
+            many = speed.get((shape, engine, decoder, 32))
+            against = "" if loop is None else f"{figure / loop:5.2f} x the plain loop"
+            grown = "" if many is None else f"batch 32: {many / figure:5.1f} x batch 1"
+            lines.append(f"{shape:>5} {decoder:<15} {against}  {grown}")
+    return lines
 
 
 def main() -> None:
     """Measure every shape, decoder and batch; rows are written as they come."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the rows")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["135m", "8b"])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["8b", "135m"])
+    parser.add_argument("--seconds", type=float, default=165, help="begin no measurement after this time")
     parser.add_argument("--tiny", action="store_true", help="a small network on a CPU")
     options = parser.parse_args()
     device = "cpu" if options.tiny else "cuda"
+    load = Load(prompt=16, response=64) if options.tiny else Load()
     gpu = "cpu" if options.tiny else torch.cuda.get_device_name()
     rows: list[dict[str, Any]] = []
+    begun = time.monotonic()
 
-    def add(shape: str, engine: str, decoder: str, batch: int, figures: tuple[float, float]) -> None:
-        speed, busy = figures
-        rows.append({
-            "engine": engine, "decoder": decoder, "shape": shape, "batch": batch, "tokens_per_second": speed,
-            "gpu_busy": busy, **asdict(LOADS[shape]), "gpu": gpu,
-        })  # fmt: skip
-        print(
-            f"{shape:>5} {engine:<10} {decoder:<15} batch {batch:<3} {speed:9.1f} tokens/s  busy {busy:.2f}", flush=True
-        )
+    def add(shape: str, engine: str, decoder: str, batch: int, figures: Figures) -> None:
+        rows.append({"engine": engine, "decoder": decoder, "shape": shape, "batch": batch, **asdict(figures),
+                     **asdict(load), "gpu": gpu})  # fmt: skip
+        busy = "  -  " if figures.gpu_busy is None else f"{figures.gpu_busy:5.2f}"
+        line = f"{shape:>5} {engine:<10} {decoder:<15} batch {batch:<3} {figures.tokens_per_second:9.1f} tokens/s"
+        print(f"{line}  step {figures.step_ms:8.2f} ms  busy {busy}", flush=True)
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
 
     for shape in ["tiny"] if options.tiny else options.shapes:
-        load = LOADS[shape]
-        for attention, names in (("bidirectional", ("dparallel", "dparallel_dual")), ("block_causal", ("d2f",))):
-            network = random_network(shape, device, attention)
-            if attention == "bidirectional":
-                add(shape, "plain_loop", "dparallel", 1, plain_speed(network, load))
-            for decoder in names:
-                for batch in (1, 32):
-                    add(shape, "ours", decoder, batch, engine_speed(network, decoder, batch, load))
-            del network
+        network = random_network(shape, device)
+        add(shape, "plain_loop", "dparallel", 1, plain_figures(network, load))
+        table = cases(shape)
+        for case in itertools.islice(table, 4) if options.tiny else table:
+            if time.monotonic() - begun > options.seconds:
+                print(f"{shape:>5} {case.decoder} batch {case.batch}: left out, the time is up", flush=True)
+                continue
+            add(shape, "ours", case.decoder, case.batch, engine_figures(network, case, load))
             if device == "cuda":
                 torch.cuda.empty_cache()
+        del network
+    print("\n".join(summary(rows)))
 
 
 if __name__ == "__main__":

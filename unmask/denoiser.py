@@ -9,7 +9,7 @@ Dimension letters: B rows, T fed columns, S key columns, K read columns, V vocab
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -124,6 +124,9 @@ class DecodeState:
     forwards_at_eos: int | None = None
     """`num_forwards` when the first stop id became part of the committed columns."""
     finish_reason: FinishReason | None = None
+    prefix: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """int64: the first response tokens, where they are known from an earlier run; whatever is committed there takes
+    these values."""
 
     @property
     def length(self) -> int:
@@ -142,6 +145,10 @@ class DecodeState:
     def record(self, start: int, tokens: np.ndarray) -> None:
         """Take over the tokens that one forward left in the columns from `start` on."""
         stop = start + len(tokens)
+        known = self.prefix[start - self.prompt_len : stop - self.prompt_len]
+        if len(known):
+            own = tokens[: len(known)]
+            tokens = np.concatenate((np.where(own == self.mask_id, own, known), tokens[len(known) :]))
         fresh = (self.tokens[start:stop] == self.mask_id) & (tokens != self.mask_id)
         self.num_forwards += 1
         self.commit_step[start - self.prompt_len : stop - self.prompt_len][fresh] = self.num_forwards
@@ -149,6 +156,8 @@ class DecodeState:
 
     def commit_to(self, column: int) -> None:
         """Declare the columns before `column` final; the first stop id among them is noted."""
+        if column == self.committed:
+            return
         if self.forwards_at_eos is None and self.has_stop(max(self.committed, self.prompt_len), column):
             self.forwards_at_eos = self.num_forwards
         self.committed = column

@@ -27,8 +27,6 @@ from unmask.objectives.certainty_forcing import certainty_forcing_loss
 from unmask.objectives.discrete_forcing import discrete_forcing_loss
 from unmask.types import SamplingOptions
 
-pytestmark = pytest.mark.slow
-
 SYMBOLS, EOS, SEPARATOR, MASK = 10, 10, 11, 12
 COPIED, PROMPT, RESPONSE = 12, 13, 16
 LENGTH = PROMPT + RESPONSE

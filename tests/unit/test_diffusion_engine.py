@@ -176,6 +176,46 @@ def test_an_abort_frees_the_row_and_touches_no_other() -> None:
     assert done == {one.request_id: alone("d2f", one) for one in asked[1:3]}
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_overlapped_steps_change_no_row(name: str) -> None:
+    asked = [request(3 + seed % 4, 9 + seed, seed=seed, temperature=0.8 * (seed % 2)) for seed in range(7)]
+    running = engine(max_rows=3, overlap=True)
+    for one in asked[:5]:
+        running.submit(one, DECODERS[name])
+    done = {}
+    while running.has_work:
+        done |= {output.request_id: output.completion for output in running.step() if output.completion}
+        if running.num_steps == 1:
+            assert running.abort(asked[1].request_id), "its forward is under way, and its slot goes to another row"
+        if running.num_steps in (2, 3):
+            running.submit(asked[3 + running.num_steps], DECODERS[name])
+    assert done == {one.request_id: alone(name, one) for one in asked if one is not asked[1]}
+    assert running.slots.num_free == 3
+
+
+def test_an_overlapped_step_starts_the_next_forward_first() -> None:
+    used, order = decoder("one_token", block_size=4), []
+    step = used.step
+    used.step = lambda *args: (order.append("started"), step(*args))[1]
+    running = engine(overlap=True)
+    running.submit(request(3, 12, ignore_eos=True), used)
+    for _ in range(3):
+        running.step()
+        order.append("told")
+    assert order == ["started", "started", "told", "started", "told", "started", "told"]
+
+
+def test_a_row_aborted_in_flight_leaves_nothing_behind() -> None:
+    running = engine(overlap=True)
+    running.submit(request(3, 12, seed=1), DECODERS["d2f"])
+    running.step()
+    assert running.abort(request(3, 12, seed=1).request_id)
+    assert not running.has_work
+    asked = request(4, 12, seed=2)
+    running.submit(asked, DECODERS["d2f"])
+    assert drain(running, []) == {asked.request_id: alone("d2f", asked)}
+
+
 def test_a_full_queue_says_so() -> None:
     running = engine(max_waiting=2)
     for seed in range(2):

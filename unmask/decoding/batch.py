@@ -48,6 +48,8 @@ class Shape:
     """S: key columns of a cached forward."""
     sampled: bool = False
     nucleus: bool = False
+    leading: bool = False
+    """The rows are the first ones of the cache, in order: their keys need not be gathered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,7 +64,7 @@ class Decoder(ABC, Generic[S]):
         """The batch's rows in the cache of `model`; None where this decoder runs it without one."""
         if model not in self.cached_models:
             return None
-        return caches[model].select(batch.rows_B, batch.shape.num_keys)
+        return caches[model].select(batch.rows_B, batch.shape.num_keys, leading=batch.shape.leading)
 
     def denoise(self, batch: Batch, mask: MaskSpec, caches: Caches) -> torch.Tensor:
         """One forward of the denoiser: float32 logits [B, K, V] of the read columns, the mask token forbidden."""

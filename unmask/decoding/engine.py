@@ -1,7 +1,8 @@
 """Continuous batching for every diffusion decoder: rows come and go at any step, each as if it were alone.
 
 `generate` is the plain loop that says what the engine must answer. The engine adds arrivals, decoders side by side,
-bounded memory, static shapes and one device synchronisation a step.
+bounded memory, static shapes and one device synchronisation a step. While a device computes the next step, the host
+tells what the last one brought.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ class EngineConfig:
     """Columns and keys of a forward come in multiples of this."""
     cuda_graphs: bool = False
     max_graphs: int = 128
+    overlap: bool | None = None
+    """Start the next forwards before telling what the last ones brought; None does so on anything but a CPU, which
+    would make the caller wait for them."""
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_length", "max_fed_columns", "max_logits_mb", "shape_multiple", "max_graphs"):
@@ -71,6 +75,16 @@ class _Row:
     sent: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """Forwards that have been started and not waited for."""
+
+    rows: list[_Row]
+    groups: list[list[Work]]
+    results: list[torch.Tensor]
+    """Tokens [B, K] of each group."""
+
+
 class DiffusionEngine:
     """Decodes requests over one or more networks. Not thread-safe: one thread submits, aborts and steps."""
 
@@ -90,6 +104,7 @@ class DiffusionEngine:
         self._graphs = StepGraphs(self.slots.caches, config.max_graphs) if config.cuda_graphs else None
         self._waiting: deque[_Row] = deque()
         self._running: list[_Row] = []
+        self._flight: _Flight | None = None
 
     @property
     def num_running(self) -> int:
@@ -117,12 +132,13 @@ class DiffusionEngine:
         self._check(request, decoder)
         if len(self._waiting) >= self.config.max_waiting:
             raise EngineFull(f"{len(self._waiting)} requests wait already")
-        self._waiting.append(_Row(decoder, state, sent=state.prompt_len))
+        self._waiting.append(_Row(decoder, state, sent=state.prompt_len + len(request.prefix)))
 
     def abort(self, request_id: str) -> bool:
         """Drop a request, waiting or running. Returns whether there was one."""
         for row in self._running:
             if row.state.request_id == request_id:
+                row.state.finish_reason = "abort"
                 self._retire(row)
                 return True
         for row in self._waiting:
@@ -133,15 +149,13 @@ class DiffusionEngine:
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
-        """Admit what fits, run one forward of every row, and say what came of it."""
-        self._admit()
-        groups = group([Work.of(row.decoder, row.state) for row in self._running], self._limits)
-        results = _read_back([self._launch(members) for members in groups])
-        for members, tokens_BK in zip(groups, results, strict=True):
-            conclude(members, tokens_BK, self.slots)
-        self.num_steps += 1
-        self.num_batches += len(groups)
-        reports = [self._report(row) for row in list(self._running)]
+        """Bring one forward of every row to its end, and say what came of it; waiting requests join the next one."""
+        if self._flight is None:
+            self._take_off()
+        landed = self._land()
+        if landed and self._overlaps(landed[0]):
+            self._take_off()
+        reports = [self._report(row) for row in landed]
         return [report for report in reports if report is not None]
 
     def run(self, requests: Iterable[DecodeRequest], decoder: Decoder) -> Iterator[Completion]:
@@ -182,6 +196,33 @@ class DiffusionEngine:
         self._running.remove(row)
         self.slots.release(row.state.slot)
 
+    def _overlaps(self, row: _Row) -> bool:
+        if self.config.overlap is None:
+            return row.decoder.denoiser.device.type != "cpu"
+        return self.config.overlap
+
+    def _take_off(self) -> None:
+        """Admit what fits and start one forward of every row."""
+        self._admit()
+        if self._running:
+            groups = group([Work.of(row.decoder, row.state) for row in self._running], self._limits)
+            self._flight = _Flight(list(self._running), groups, [self._launch(members) for members in groups])
+
+    def _land(self) -> list[_Row]:
+        """Wait for the forwards under way and move their rows on; those that have finished give their slots back."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return []
+        for members, tokens_BK in zip(flight.groups, _read_back(flight.results), strict=True):
+            conclude(members, tokens_BK, self.slots)
+        self.num_steps += 1
+        self.num_batches += len(flight.groups)
+        landed = [row for row in flight.rows if row.state.finish_reason != "abort"]
+        for row in landed:
+            if row.state.finish_reason is not None:
+                self._retire(row)
+        return landed
+
     def _launch(self, members: Sequence[Work]) -> torch.Tensor:
         """Start one forward; nothing waits for the device here."""
         decoder = members[0].decoder
@@ -192,15 +233,13 @@ class DiffusionEngine:
 
     def _report(self, row: _Row) -> Output | None:
         state = row.state
-        fresh = state.tokens[row.sent : state.committed]
+        fresh = state.tokens[row.sent : max(row.sent, state.committed)]
         if state.saw_stop:
             fresh = until_stop(fresh, state.stop_ids)
         finished = state.finish_reason is not None
         if not len(fresh) and not finished:
             return None
-        row.sent = state.committed
-        if finished:
-            self._retire(row)
+        row.sent = max(row.sent, state.committed)
         num_forwards = state.num_forwards if finished else None
         delta = TokenDelta(token_ids=fresh.tolist(), finish_reason=state.finish_reason, num_forwards=num_forwards)
         return Output(state.request_id, delta, Completion.of(state) if finished else None)

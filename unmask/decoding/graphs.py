@@ -28,12 +28,13 @@ class StepGraphs:
     def __init__(self, caches: Caches, max_graphs: int) -> None:
         self.caches = caches
         self.max_graphs = max_graphs
-        self._captured: OrderedDict[tuple[int, Shape], _Captured] = OrderedDict()
+        # By the decoder itself, not its id: a decoder that is gone may leave its id to another.
+        self._captured: OrderedDict[tuple[Decoder, Shape], _Captured] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, decoder: Decoder, batch: PackedBatch) -> torch.Tensor:
         """What `decoder.step` gives for the batch, int64 [B, K]."""
-        key = (id(decoder), batch.shape)
+        key = (decoder, batch.shape)
         if key not in self._captured:
             self._captured[key] = self._capture(decoder, batch)
             if len(self._captured) > self.max_graphs:

@@ -55,4 +55,6 @@ def _similar(widest: Work, item: Work) -> bool:
 
 
 def _split(members: list[Work], most: int) -> list[list[Work]]:
-    return [members[start : start + most] for start in range(0, len(members), most)]
+    """Each part in the order of its slots: a full engine then finds all its rows where they are in the cache."""
+    parts = [members[start : start + most] for start in range(0, len(members), most)]
+    return [sorted(part, key=lambda item: item.state.slot) for part in parts]

@@ -30,21 +30,29 @@ _DECODERS: dict[str, Callable[[Denoiser, Any], Decoder]] = {
 }
 
 
-def build_decoder(settings: Mapping[str, Any], denoiser: Denoiser, *, verifier: Denoiser | None = None) -> Decoder:
-    """A decoder from its settings, e.g. `{"name": "dparallel", "threshold": 0.45}`.
+def decoder_config(settings: Mapping[str, Any]) -> Any:
+    """The configuration that settings such as `{"name": "dparallel", "threshold": 0.45}` stand for.
 
     Raises:
-        ConfigError: no or an unknown name (the nearest one is named), unknown or impossible settings, a network that
-            the decoder was not made for, or APD without a verifier.
+        ConfigError: no or an unknown name (the nearest one is named), unknown or impossible settings.
     """
     knobs = dict(settings)
     name = knobs.pop("name", None)
-    if name not in _CONFIGS:
+    if not isinstance(name, str) or name not in _CONFIGS:
         hint = nearest(str(name), _CONFIGS) or f"; choose one of {', '.join(_CONFIGS)}"
         raise ConfigError(f"unknown decoder {name!r}{hint}", field="decoder.name")
-    config = parse(_CONFIGS[name], knobs)
-    if name != "apd":
-        return _DECODERS[name](denoiser, config)
+    return parse(_CONFIGS[name], knobs)
+
+
+def build_decoder(settings: Mapping[str, Any], denoiser: Denoiser, *, verifier: Denoiser | None = None) -> Decoder:
+    """A decoder from its settings.
+
+    Raises:
+        ConfigError: see `decoder_config`; also a network that the decoder was not made for, or APD without a verifier.
+    """
+    config = decoder_config(settings)
+    if not isinstance(config, APDConfig):
+        return _DECODERS[settings["name"]](denoiser, config)
     if verifier is None:
         raise ConfigError("apd needs a verifier: a causal LM with the same tokenizer", field="decoder.verifier")
     return APD(denoiser, verifier, config)

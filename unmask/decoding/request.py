@@ -22,6 +22,9 @@ class DecodeRequest:
     request_id: str
     prompt_ids: tuple[int, ...]
     options: SamplingOptions = field(default_factory=SamplingOptions)
+    prefix: tuple[int, ...] = ()
+    """The beginning of the response, sent by an earlier run that broke off: it is kept and not sent again. Blocks
+    stay where that run had them."""
 
     @property
     def length(self) -> int:
@@ -51,12 +54,20 @@ class DecodeRequest:
             raise PromptError(f"the prompt contains the mask token ({denoiser.mask_id}); remove it", field="prompt_ids")
         if self.options.max_tokens < 1:
             raise ConfigError("must be at least 1", field="max_tokens")
+        self._check_prefix(denoiser)
         if self.length > denoiser.max_length:
             room = f"{len(ids)} + {self.options.max_tokens} tokens exceed the model's {denoiser.max_length}"
             raise ConfigError(f"{room}; shorten the prompt or the response", field="max_tokens")
         for name in ("top_k", "presence_penalty", "frequency_penalty", "logprobs", "json_schema"):
             if getattr(self.options, name):
                 raise ConfigError("is not supported by diffusion decoders; leave it out", field=name)
+
+    def _check_prefix(self, denoiser: Denoiser) -> None:
+        for token in self.prefix:
+            if not 0 <= token < denoiser.vocab_size or token == denoiser.mask_id:
+                raise PromptError(f"token {token} cannot be part of a response", field="prefix")
+        if len(self.prefix) >= self.options.max_tokens:
+            raise PromptError("the response is complete already: nothing is left to decode", field="prefix")
 
     def fresh_state(self, cls: type[S], denoiser: Denoiser, slot: int, **own: Any) -> S:
         """A row at its start: the prompt followed by masks. `own` holds the fields that `cls` adds."""
@@ -77,6 +88,7 @@ class DecodeRequest:
             top_p=self.options.top_p,
             seed=self.seed,
             committed=len(self.prompt_ids),
+            prefix=np.array(self.prefix, dtype=np.int64),
             **own,
         )
 

@@ -63,9 +63,14 @@ class SemiAutoregressive(Decoder[BlockState]):
         """Which open columns to commit, bool [B, K]: at least one a row that has any."""
 
     def admit(self, request: DecodeRequest, slot: int) -> BlockState:
-        """See Decoder."""
+        """See Decoder. Finished blocks of a prefix are not decoded again: nothing in them depends on how they came."""
         request.check(self.denoiser)
-        return request.fresh_state(BlockState, self.denoiser, slot, block_start=len(request.prompt_ids))
+        start, known = len(request.prompt_ids), len(request.prefix)
+        block_start = start + known // self.config.block_size * self.config.block_size
+        state = request.fresh_state(BlockState, self.denoiser, slot, block_start=block_start)
+        state.tokens[start : start + known] = request.prefix
+        state.committed = block_start
+        return state
 
     def window(self, state: BlockState) -> Window:
         """The whole row, or what the cache does not hold."""

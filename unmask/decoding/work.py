@@ -40,13 +40,15 @@ def shape_of(members: Sequence[Work], capacity: int, *, multiple: int = 1, rows_
     sampled = [item.state for item in members if item.state.temperature > 0]
     open_width = max(window.open_stop - window.open_start for window in windows)
     num_keys = min(round_up(max(window.visible for window in windows), multiple), capacity)
+    num_rows = 1 << (len(members) - 1).bit_length() if rows_power_of_two else len(members)
     return Shape(
-        num_rows=1 << (len(members) - 1).bit_length() if rows_power_of_two else len(members),
+        num_rows=num_rows,
         width=round_up(max(window.width for window in windows), multiple),
         open_width=round_up(open_width, decoder.open_multiple or multiple),
         num_keys=num_keys if decoder.cached_models else 0,
         sampled=bool(sampled),
         nucleus=any(state.top_p < 1 for state in sampled),
+        leading=bool(decoder.cached_models) and [item.state.slot for item in members] == list(range(num_rows)),
     )
 
 
@@ -66,8 +68,13 @@ def assemble(members: Sequence[Work], shape: Shape, slots: Slots) -> PackedBatch
 
 
 def conclude(members: Sequence[Work], tokens_BK: np.ndarray, slots: Slots) -> None:
-    """Give each row its read columns back (padding rows come last), and forget what is no longer valid in its cache."""
+    """Give each row its read columns back (padding rows come last), and forget what is no longer valid in its cache.
+
+    A row that was aborted meanwhile is left alone: its slot may be another's by now.
+    """
     for item, tokens_K in zip(members, tokens_BK, strict=False):
+        if item.state.finish_reason is not None:
+            continue
         window = item.window
         item.decoder.advance(item.state, window, tokens_K[: window.open_stop - window.open_start])
         slots.settle(item.state)

@@ -1,0 +1,82 @@
+"""What the stages that train have in common: one run directory, resumed; one report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from actors.training_run import connect_for, run_training
+from unmask.config import Recipe
+from unmask.placement import stage_demands
+from unmask.provenance import check_same_run, write_run
+from unmask.recipe import to_tree
+
+if TYPE_CHECKING:
+    from actors.learner import TrainingJob
+
+_MAY_CHANGE = (
+    "num_workers", "cpus_per_worker", "use_gpu", "labels", "threads_per_worker", "feature_cache_gb",
+    "checkpoint_every_s", "log_every_steps", "max_failures", "max_steps", "max_seconds",
+)  # fmt: skip
+"""Fields of a training's section that a resumed run may change: where and how long it runs, not what it learns."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingReport:
+    """A finished training. `seconds` is optimiser time, resumed parts included."""
+
+    steps: int
+    loss_first: float
+    loss_last: float
+    seconds: float
+    sequences: int
+    checkpoint: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.steps} steps in {self.seconds:.0f} s, loss {self.loss_first:.3f} to {self.loss_last:.3f}; "
+            f"checkpoint in {self.checkpoint}"
+        )
+
+
+def train(
+    recipe: Recipe,
+    stage: str,
+    directory: Path,
+    sections: tuple[str, ...],
+    make_job: Callable[[], TrainingJob],
+    *,
+    fresh: bool,
+) -> TrainingReport:
+    """Train into `<directory>/final`, going on from the newest sound checkpoint in `<directory>/checkpoints`.
+
+    Args:
+        stage: its name in `stage_demands`.
+        sections: of the recipe, which a resumed run may not change but for `_MAY_CHANGE` of the last one.
+        make_job: called with Ray connected and the run's records written.
+        fresh: delete an earlier training first.
+
+    Raises:
+        UserError: an earlier run with other settings, and what `make_job` and the workers raise.
+        FaultError: workers died more than `max_failures` times.
+        StoppedError: SIGTERM came, and the state was saved.
+    """
+    tree = {name: value for name, value in to_tree(recipe).items() if name in sections} | {"run_dir": recipe.run_dir}
+    if fresh:
+        shutil.rmtree(directory, ignore_errors=True)
+    check_same_run(directory, tree, ignore=frozenset(f"{sections[-1]}.{name}" for name in _MAY_CHANGE))
+    write_run(directory, tree)
+    [demand] = stage_demands(recipe)[stage]
+    connect_for(demand)
+    run_training(make_job(), demand)
+    summary = json.loads((directory / "summary.json").read_text())
+    return TrainingReport(**summary, checkpoint=str(directory / "final"))
+
+
+def placement(recipe: Recipe, stage: str) -> str:
+    """What `--plan` says of a stage that trains."""
+    return "".join(f"# {stage}: {d.most} workers, each {d}\n" for d in stage_demands(recipe)[stage])
