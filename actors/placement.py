@@ -1,0 +1,132 @@
+"""Room on the running cluster for what a stage asks for: found, waited for, or refused by name.
+
+Ray queues what it cannot place and says so in a log alone; a stage that no node can ever take would wait for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from actors.cluster import FaultError
+from unmask.errors import ConfigError
+from unmask.placement import Demand, NodeType, misfit, shortage
+
+logger = logging.getLogger(__name__)
+
+_JOIN_S = 30.0
+"""Nodes of a cluster without an autoscaler may still be joining for this long."""
+
+_VERDICT_S = 15.0
+"""How long the autoscaler must call a demand infeasible: its first word may be of an earlier state."""
+
+_POLL_S = 1.0
+
+
+def require_room(demands: Sequence[Demand]) -> None:
+    """Return when a live node fits each demand, waiting for nodes that an autoscaler can bring up.
+
+    Ray must have been initialised. Without an autoscaler the nodes must also suffice for the least of all demands.
+
+    Raises:
+        ConfigError: a private cluster, of this machine alone, does not suffice.
+        FaultError: no node and no node type fits a demand, known within a minute.
+    """
+    begun = time.monotonic()
+    while problem := _problem(demands):
+        if _autoscaler_state() is not None:
+            _wait_for_autoscaler(demands)
+            return
+        if not os.environ.get("RAY_ADDRESS"):
+            raise ConfigError(f"{problem}; this machine is all there is: set RAY_ADDRESS to a cluster, or ask for less")
+        if time.monotonic() - begun > _JOIN_S:
+            raise FaultError(problem)
+        time.sleep(_POLL_S)
+
+
+def live_nodes() -> list[NodeType]:
+    """The live nodes of the cluster, each as a type of its own, with all that they hold."""
+    import ray
+
+    return [
+        NodeType(name=node["NodeManagerAddress"], resources=node["Resources"], labels=node["Labels"])
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def _problem(demands: Sequence[Demand]) -> str | None:
+    return shortage([replace(demand, most=demand.least) for demand in demands], live_nodes())
+
+
+def _wait_for_autoscaler(demands: Sequence[Demand]) -> None:
+    """Show the autoscaler the least of each demand that no live node fits, until a node is up or it gives up."""
+    missing = [demand for demand in demands if misfit([demand], live_nodes())]
+    if not missing:
+        return
+    logger.info("waiting for nodes: %s", "; ".join(f"{demand.name} needs {demand}" for demand in missing))
+    probes = [_probe(demand) for demand in missing for _ in range(demand.least)]
+    feasible_at = time.monotonic()
+    try:
+        while missing := [demand for demand in missing if misfit([demand], live_nodes())]:
+            infeasible = [demand for demand in missing if _is_infeasible(demand)]
+            if not infeasible:
+                feasible_at = time.monotonic()
+            elif time.monotonic() - feasible_at > _VERDICT_S:
+                lacking = infeasible[0]
+                raise FaultError(
+                    f"{lacking.name}: needs {lacking}; no node and no node type of the autoscaler has that"
+                )
+            time.sleep(_POLL_S)
+    finally:
+        _end(probes)
+
+
+def _probe(demand: Demand) -> Any:
+    """A pending actor of the demand's shape, which the autoscaler sees as it will see the stage's own."""
+    import ray
+
+    options = {"num_cpus": demand.resources.get("CPU", 0), "num_gpus": demand.resources.get("GPU", 0)}
+    return ray.remote(_Probe).options(**options, label_selector=dict(demand.labels)).remote()
+
+
+class _Probe:
+    """Takes up room, and does nothing."""
+
+
+def _end(probes: list[Any]) -> None:
+    import ray
+
+    for probe in probes:
+        ray.kill(probe)
+
+
+def _is_infeasible(demand: Demand) -> bool:
+    state = _autoscaler_state()
+    return state is not None and any(_is_of(demand, request) for request in state.infeasible_resource_requests)
+
+
+def _is_of(demand: Demand, request: Any) -> bool:
+    labels = {
+        constraint.label_key: list(constraint.label_values)
+        for selector in request.label_selectors
+        for constraint in selector.label_constraints
+    }
+    wanted = {name: [value] for name, value in demand.labels.items()}
+    return dict(request.resources_bundle) == dict(demand.resources) and labels == wanted
+
+
+def _autoscaler_state() -> Any:
+    """What the autoscaler (version 2, which all our cluster files ask for) last said of itself; None without one."""
+    import ray._private.worker
+    from ray.core.generated import autoscaler_pb2
+
+    worker: Any = ray._private.worker.global_worker
+    messages: Any = autoscaler_pb2
+    reply = messages.GetClusterStatusReply()
+    reply.ParseFromString(worker.gcs_client.get_cluster_status(timeout_s=10))
+    return reply.autoscaling_state if reply.autoscaling_state.autoscaler_state_version else None

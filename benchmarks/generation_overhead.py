@@ -1,0 +1,281 @@
+"""What the line costs: tokens per second of generation through Ray Data, and of the same vLLM engine in one plain loop.
+
+    python -m benchmarks.generation_overhead --model DIR --pairs 3 --out benchmarks/results/generation_overhead.json
+
+Both get the same prompts, tokenise them and draw greedily; both are timed from their first request to their last
+token: loading and warm-up are left out, all else (tokenising, scheduling, files, the drain at the end) is not.
+Runs alternate, each in a process of its own. `--gpus 2` runs the line alone. `--dummy qwen3-8b` makes a network of that
+shape with random weights, in `--work`. `--tiny` proves the script on a CPU: its figures mean little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.demo import machine
+from engines.engine_options import engine_arguments
+from engines.offline_engine import Completion, OfflineEngine
+from unmask.config import GenerateConfig, PromptsConfig, Recipe, TargetConfig
+from unmask.prompt_rows import prompt_rows
+from unmask.prompts import PromptBuilder
+from unmask.targets import resolve_target, unused_special_token
+from unmask.types import SamplingOptions
+
+WARM_UP = [list(range(100, 140 + n)) for n in range(8)]
+"""Prompts drawn before the clock starts: kernels are compiled at their first use."""
+
+QWEN3_8B = {
+    "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960,
+    "rope_theta": 1e6, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What both engines are given. `gpus` 0 is the CPU."""
+
+    model: str
+    gpus: int
+    rows: int
+    max_new_tokens: int
+    max_num_seqs: int
+    rows_per_shard: int
+
+    def recipe(self, source: Path) -> Recipe:
+        """The recipe of the line; the loop takes its prompts and engine options from it, too."""
+        return Recipe(
+            target=TargetConfig(
+                model=self.model,
+                max_model_len=self.max_new_tokens + 128,
+                engine={"max_num_seqs": self.max_num_seqs},
+            ),
+            prompts=PromptsConfig(source=str(source)),
+            generate=GenerateConfig(
+                max_new_tokens=self.max_new_tokens,
+                rows_per_shard=self.rows_per_shard,
+                min_actors=max(1, self.gpus),
+                max_actors=max(1, self.gpus),
+                gpus_per_actor=1 if self.gpus else 0,
+                dtype="bfloat16",
+            ),
+        )
+
+
+class TimedEngine(OfflineEngine):
+    """Notes in a file when its first request came and its last one ended, and the tokens between."""
+
+    def __init__(self, arguments: dict[str, Any], *, on_gpu: bool = False, notes: str) -> None:
+        super().__init__(arguments, on_gpu=on_gpu)
+        for future in [OfflineEngine.submit(self, ids, SamplingOptions(max_tokens=4)) for ids in WARM_UP]:
+            future.result()
+        descriptor, self._notes = tempfile.mkstemp(dir=notes)
+        open(descriptor).close()  # noqa: PTH123 - a descriptor, not a path
+        self._first: float | None = None
+        self._tokens = self._pending = 0
+
+    def submit(self, prompt_ids: Any, options: SamplingOptions) -> Future[Completion]:
+        """See `OfflineEngine.submit`."""
+        self._first = self._first or time.time()
+        self._pending += 1
+        future = super().submit(prompt_ids, options)
+        future.add_done_callback(self._note)
+        return future
+
+    def _note(self, future: Future[Completion]) -> None:
+        self._tokens += len(future.result().token_ids)
+        self._pending -= 1
+        if not self._pending:
+            # The file is small, and a batch seldom runs empty.
+            Path(self._notes).write_text(json.dumps([self._first, time.time(), self._tokens]))
+
+
+def run_line(workload: Workload, folder: Path) -> float:
+    """Tokens per second through `pipelines.generate`."""
+    from functools import partial
+
+    from pipelines.generate import generate
+
+    notes = folder / "notes"
+    notes.mkdir()
+    recipe = workload.recipe(folder / "prompts.jsonl")
+    report = generate(recipe, folder / "run", engine_factory=partial(TimedEngine, notes=str(notes)))
+    assert report.rows == workload.rows
+    seen = [json.loads(path.read_text()) for path in notes.iterdir()]
+    first, last = min(note[0] for note in seen), max(note[1] for note in seen)
+    tokens = sum(note[2] for note in seen)
+    assert tokens == report.tokens
+    return tokens / (last - first)
+
+
+def run_bare(workload: Workload, folder: Path) -> float:
+    """Tokens per second of vLLM's engine, fed and stepped by one loop."""
+    import os
+
+    from transformers import AutoTokenizer
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    from vllm import EngineArgs, SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    recipe = workload.recipe(folder / "prompts.jsonl")
+    path = resolve_target(recipe.target.model)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    builder = PromptBuilder(
+        tokenizer, recipe.prompts, max_prompt_len=128, mask_token_id=unused_special_token(tokenizer)
+    )
+    arguments = engine_arguments(recipe.target, path, dtype=recipe.generate.dtype, on_gpu=workload.gpus > 0)
+    engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+    params = SamplingParams(
+        temperature=0, max_tokens=workload.max_new_tokens, output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False
+    )
+    for number, ids in enumerate(WARM_UP):
+        prompt = {"type": "token", "prompt_token_ids": ids}
+        engine.add_request(f"warm-up-{number}", prompt, SamplingParams(max_tokens=4, temperature=0, detokenize=False))
+    while engine.has_unfinished_requests():
+        engine.step()
+    start, tokens = time.time(), 0
+    for row in prompt_rows(recipe.prompts):
+        prompt = {"type": "token", "prompt_token_ids": list(builder.build(row).ids)}
+        engine.add_request(str(row.index), prompt, params.clone())
+    while engine.has_unfinished_requests():
+        tokens += sum(len(output.outputs[0].token_ids) for output in engine.step())
+    return tokens / (time.time() - start)
+
+
+def write_prompts(path: Path, rows: int) -> None:
+    """Different prompts of about 40 tokens."""
+    with path.open("w") as file:
+        for n in range(rows):
+            text = (
+                f"A shop has {n + 100} pens, sells {n % 97} of them and buys {n % 31} more. Tell the story of the day."
+            )
+            file.write(json.dumps({"prompt": text}) + "\n")
+
+
+def make_dummy(folder: Path) -> Path:
+    """A directory with a network of Qwen3-8B's shape, random weights, and the embedded target's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    path = folder / "qwen3-8b-dummy"
+    if path.is_dir():
+        return path
+    tokenizer = AutoTokenizer.from_pretrained(resolve_target(TargetConfig().model))
+    config = Qwen3Config(**QWEN3_8B, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen3ForCausalLM(config)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def measure(engine: str, workload: Workload) -> dict[str, Any]:
+    """One run in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.generation_overhead", "--run", engine, json.dumps(asdict(workload))]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    rate = float(ended.stdout.splitlines()[-1])
+    figures = {"engine": engine, "model": Path(workload.model).name, "gpus": workload.gpus, "tokens_per_second": rate}
+    print(json.dumps(figures), flush=True)
+    return figures
+
+
+def run_one(engine: str, workload: Workload) -> None:
+    """The body of such a process: prints the rate on its last line."""
+    with tempfile.TemporaryDirectory(prefix="overhead-") as folder:
+        write_prompts(Path(folder) / "prompts.jsonl", workload.rows)
+        rate = {"bare": run_bare, "line": run_line}[engine](workload, Path(folder))
+    print(round(rate, 1), flush=True)
+
+
+def record(path: Path, workload: Workload, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Enter the runs into the result file, in place of earlier ones of the same model and GPUs; their summary."""
+    tree = json.loads(path.read_text()) if path.is_file() else {"runs": []}
+    key = (runs[0]["model"], runs[0]["gpus"])
+    tree["runs"] = [run for run in tree["runs"] if (run["model"], run["gpus"]) != key] + [
+        run | {"workload": asdict(workload) | {"model": run["model"]}} for run in runs
+    ]
+    tree |= {"machine": machine() | {"gpu": _gpu()}, "summary": _summary(tree["runs"])}
+    path.write_text(json.dumps(tree, indent=2) + "\n")
+    return tree["summary"]
+
+
+def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Median rates, the line's share of the bare loop's, and what more GPUs bring."""
+    rates = {
+        key: median(run["tokens_per_second"] for run in group)
+        for key, group in itertools.groupby(sorted(runs, key=_key), key=_key)
+    }
+    summary: dict[str, Any] = {}
+    for (model, gpus, engine), rate in rates.items():
+        entry = summary.setdefault(f"{model}, {gpus} GPUs", {})
+        entry[engine] = rate
+        if engine == "line" and (bare := rates.get((model, gpus, "bare"))):
+            entry["line_over_bare"] = round(rate / bare, 4)
+        if engine == "line" and gpus > 1 and (single := rates.get((model, 1, "line"))):
+            entry["over_one_gpu"] = round(rate / single, 4)
+    return summary
+
+
+def _key(run: dict[str, Any]) -> tuple[str, int, str]:
+    return run["model"], run["gpus"], run["engine"]
+
+
+def _gpu() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def main() -> None:
+    """Measure pairs of runs, or (for the processes that this one starts) one run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=TargetConfig().model)
+    parser.add_argument("--dummy", choices=["qwen3-8b"])
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--rows-per-shard", type=int, default=128)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--run", nargs=2, metavar=("ENGINE", "WORKLOAD"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        engine, workload = arguments.run
+        run_one(engine, Workload(**json.loads(workload)))
+        return
+    workload = Workload(
+        model=str(make_dummy(arguments.work)) if arguments.dummy else arguments.model,
+        gpus=arguments.gpus,
+        rows=arguments.rows,
+        max_new_tokens=arguments.max_new_tokens,
+        max_num_seqs=arguments.max_num_seqs,
+        rows_per_shard=arguments.rows_per_shard,
+    )
+    if arguments.tiny:
+        workload = replace(workload, gpus=0, rows=16, max_new_tokens=8, max_num_seqs=4, rows_per_shard=2)
+    engines = ("line",) if workload.gpus > 1 else ("bare", "line")
+    runs = [measure(engine, workload) for _ in range(arguments.pairs) for engine in engines]
+    summary = record(arguments.out, workload, runs) if arguments.out else _summary(runs)
+    print(json.dumps(summary, indent=2))
+
+
+if __name__ == "__main__":
+    main()

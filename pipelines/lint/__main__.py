@@ -1,0 +1,131 @@
+"""Check files before anything is started: `unmask lint cluster.yaml deploy/kuberay/*.yaml recipes/*.yaml`.
+
+Recipes, Serve configs, files of Ray's launcher and KubeRay objects, each valid in itself; and every stage and
+deployment must find a node type with its resources and labels, and nodes enough for all of its replicas. Needs no
+network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.cli import DONE, USER_ERROR
+from pipelines.lint.document import Cluster, Document, require_mapping
+from unmask.config import Recipe
+from unmask.errors import ConfigError, UserError
+from unmask.placement import Demand, shortage, stage_demands
+from unmask.recipe import parse_recipe
+
+IMAGE_ROOT = "/opt/unmask"
+"""Where `deploy/Dockerfile` puts the recipes."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check every file, a line each; the exit code: 0 all are good, 2 one is not."""
+    parser = argparse.ArgumentParser(prog="unmask lint", description=__doc__, allow_abbrev=False)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.yaml")
+    files = parser.parse_args(argv).files
+    asked = _recipes_among(files)
+    failed = False
+    for path in files:
+        try:
+            sys.stdout.write(f"{path}: {check(path, asked)}\n")
+        except UserError as error:
+            failed = True
+            sys.stderr.write(f"error: {path}: {error}\n")
+    return USER_ERROR if failed else DONE
+
+
+def check(path: Path, asked: dict[str, list[Demand]]) -> str:
+    """Check one file; what it is.
+
+    Args:
+        asked: demands of other files, which a cluster in this one must meet too unless it is dedicated.
+
+    Raises:
+        UserError: what is wrong with the file, in one line.
+    """
+    documents = read(path)
+    for document in documents:
+        if document.cluster is None:
+            continue
+        demands = document.demands if document.cluster.dedicated else asked | document.demands
+        for name in document.recipes:
+            demands |= _demands_of(_find(name, path), name)
+        _check_room(document.cluster, demands)
+    return ", ".join(dict.fromkeys(document.kind for document in documents))
+
+
+def read(path: Path) -> list[Document]:
+    """The documents of a file, each valid in itself. Raises UserError."""
+    if not path.is_file():
+        raise ConfigError("there is no such file")
+    try:
+        trees = [tree for tree in yaml.safe_load_all(path.read_text()) if tree is not None]
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"is not valid YAML: {error}") from None
+    if not trees:
+        raise ConfigError("is empty")
+    return [_read(require_mapping(tree, "the document")) for tree in trees]
+
+
+def _read(tree: dict[str, Any]) -> Document:
+    from pipelines.lint.kuberay import read_kubernetes
+    from pipelines.lint.launcher import read_launcher
+    from pipelines.lint.serve_file import read_serve_file
+
+    if "apiVersion" in tree:
+        return read_kubernetes(tree)
+    if "cluster_name" in tree or "provider" in tree:
+        return read_launcher(tree)
+    if "applications" in tree:
+        return read_serve_file(tree)
+    if tree.keys() & {field.name for field in dataclasses.fields(Recipe)}:
+        return Document(kind="recipe", demands=stage_demands(parse_recipe(tree)))
+    raise ConfigError("is neither a recipe, a Serve config, a file of Ray's launcher nor a Kubernetes object")
+
+
+def _recipes_among(files: Sequence[Path]) -> dict[str, list[Demand]]:
+    """What the recipes and Serve configs of the command line ask for; files at fault are reported in their turn."""
+    asked: dict[str, list[Demand]] = {}
+    for path in files:
+        try:
+            documents = read(path)
+        except UserError:
+            continue
+        for document in (document for document in documents if document.cluster is None):
+            asked |= {f"{path}, {stage}": demands for stage, demands in document.demands.items()}
+    return asked
+
+
+def _demands_of(path: Path, name: str) -> dict[str, list[Demand]]:
+    try:
+        return {f"{name}, {stage}": demands for document in read(path) for stage, demands in document.demands.items()}
+    except UserError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def _find(name: str, beside: Path) -> Path:
+    """A recipe that a cluster file names: by its path in the image or the project, from the file's folder upwards."""
+    relative = Path(name).relative_to(IMAGE_ROOT) if name.startswith(IMAGE_ROOT) else Path(name)
+    for folder in beside.resolve().parents:
+        if (folder / relative).is_file():
+            return folder / relative
+    raise ConfigError(f"names the recipe '{name}', which is nowhere above it")
+
+
+def _check_room(cluster: Cluster, demands: dict[str, list[Demand]]) -> None:
+    for stage, together in demands.items():
+        if problem := shortage(together, cluster.nodes, max_nodes=cluster.max_nodes):
+            raise ConfigError(f"{stage}: {problem}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
