@@ -9,15 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from actors.cluster import connect, explain
-from engines.offline_engine import OfflineEngine
+from actors.placement import require_room
 from unmask.config import Recipe
+from unmask.placement import stage_demands
 from unmask.types import TargetRecord
 
-_MAX_TASKS = 10_000
-"""Shards are grouped into at most this many Ray tasks, whose bookkeeping is the driver's main cost."""
+_WAVE_TASKS = 2_500
+"""Tasks of one execution: of each one Ray Data keeps 40 kB in the driver until the execution ends."""
+
+_TASK_ROWS = 4_096
+"""Shards share a task up to this many rows: a task reports, and is retried, as a whole."""
 
 _ENGINE_SEQUENCES = 256
 """Sequences that vLLM runs at once unless `target.engine.max_num_seqs` says otherwise."""
+
+_ENGINE_ROWS = 32
+"""Rows that a diffusion engine runs at once unless `target.engine.max_rows` says otherwise."""
 
 
 def run_shards(
@@ -25,9 +32,11 @@ def run_shards(
     directory: Path,
     record: TargetRecord,
     shards: list[int],
-    engine_factory: Callable[..., Any] = OfflineEngine,
+    engine_factory: Callable[..., Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Finish shards on a pool of `actors.generator.Generator`; yield the summary of each, as they finish.
+
+    More shards than one execution's tasks may hold are run in waves, each with new actors.
 
     A task whose actor died is retried without end on another actor; the actors themselves count attempts and
     quarantine a row that keeps killing its engine. Half an hour without a finished task (Ray Data's
@@ -43,21 +52,39 @@ def run_shards(
     """
     config = recipe.generate
     connect(num_cpus=config.min_actors * config.cpus_per_actor, num_gpus=config.min_actors * config.gpus_per_actor)
+    require_room(stage_demands(recipe)["generate"])
+    arguments = {
+        "recipe": recipe,
+        "directory": str(directory.absolute()),
+        "record": record,
+        "engine_factory": engine_factory,
+    }
+    shards_per_task = shards_of_a_task(len(shards), config.rows_per_shard)
+    for start in range(0, len(shards), _WAVE_TASKS * shards_per_task):
+        yield from _run_wave(recipe, arguments, shards[start : start + _WAVE_TASKS * shards_per_task], shards_per_task)
+
+
+def shards_of_a_task(num_shards: int, rows_per_shard: int) -> int:
+    """Shards that share a task: as few as one wave allows, and no more rows than a task may hold."""
+    return max(1, min(math.ceil(num_shards / _WAVE_TASKS), _TASK_ROWS // rows_per_shard))
+
+
+def _run_wave(
+    recipe: Recipe, arguments: dict[str, Any], shards: list[int], shards_per_task: int
+) -> Iterator[dict[str, Any]]:
+    """One execution of Ray Data."""
     import ray
 
     from actors.generator import Generator
 
-    num_tasks = min(len(shards), _MAX_TASKS)
-    in_flight = _tasks_in_flight(recipe, math.ceil(len(shards) / num_tasks))
+    config = recipe.generate
+    num_tasks = math.ceil(len(shards) / shards_per_task)
+    in_flight = _tasks_in_flight(recipe, shards_per_task)
     dataset = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=num_tasks).map_batches(
         Generator,
-        fn_constructor_kwargs={
-            "recipe": recipe,
-            "directory": str(directory.absolute()),
-            "record": record,
-            "engine_factory": engine_factory,
-        },
-        batch_size=None,
+        fn_constructor_kwargs=arguments,
+        # Ray Data demands a number where there are GPUs; one above a block's rows would join blocks.
+        batch_size=len(shards) // num_tasks,
         compute=ray.data.ActorPoolStrategy(
             min_size=config.min_actors,
             max_size=config.max_actors,
@@ -69,6 +96,8 @@ def run_shards(
         udf_modifying_row_count=False,
     )
     dataset.context.enable_progress_bars = False
+    # Of the whole execution, not of the actors alone: Ray Data also asks the autoscaler for nodes on its own account.
+    dataset.context.execution_options.label_selector = config.labels or None
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         yield from dataset.iter_rows()
@@ -78,5 +107,9 @@ def run_shards(
 
 def _tasks_in_flight(recipe: Recipe, shards_per_task: int) -> int:
     """Enough tasks per actor to keep its engine's batch full while shards at their end drain."""
-    sequences = recipe.target.engine.get("max_num_seqs") or _ENGINE_SEQUENCES
+    options = recipe.target.engine
+    if recipe.generate.decoder is None:
+        sequences = options.get("max_num_seqs") or _ENGINE_SEQUENCES
+    else:
+        sequences = options.get("max_rows") or _ENGINE_ROWS
     return max(2, math.ceil(1.5 * sequences / (recipe.generate.rows_per_shard * shards_per_task)))

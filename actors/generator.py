@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -15,12 +15,16 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 
 from actors.gate import Gate
-from engines.engine_options import PLACEMENT, engine_arguments
-from engines.offline_engine import Completion, EngineDiedError, OfflineEngine
+from engines.diffusion_engine import OfflineDiffusionEngine, diffusion_arguments
+from engines.engine_options import DIFFUSION_PLACEMENT, PLACEMENT, engine_arguments
+from engines.engine_thread import Completion, EngineDiedError
+from engines.offline_engine import OfflineEngine
 from unmask.attempts import Attempts
 from unmask.config import Recipe
+from unmask.decoding.registry import decoder_config
 from unmask.errors import CheckpointError, PromptError
 from unmask.manifest import ShardEntry
+from unmask.models import families
 from unmask.prompt_rows import PromptRow
 from unmask.prompts import PromptBuilder
 from unmask.recipe import digest
@@ -28,6 +32,7 @@ from unmask.staged_prompts import read_staged
 from unmask.targets import describe_target, resolve_target, unused_special_token
 from unmask.trajectories import inspect_shard, row_seed, sample_id, write_shard
 from unmask.types import SamplingOptions, TargetRecord, Trajectory
+from unmask.verification import Judge, build_verifier
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +63,12 @@ class Generator:
         recipe: the resolved recipe.
         directory: the run's `trajectories` folder, on storage that all nodes share.
         record: the target as the driver found it; another one on this node is refused.
-        engine_factory: builds the engine from vLLM's arguments.
+        engine_factory: builds the engine from its arguments; None takes vLLM, or a diffusion engine where the recipe
+            names a decoder.
 
     Raises:
         CheckpointError: this node resolves the target to something else.
+        ConfigError: this node cannot run the engine or the verifier.
     """
 
     def __init__(
@@ -69,7 +76,7 @@ class Generator:
         recipe: Recipe,
         directory: str,
         record: TargetRecord,
-        engine_factory: Callable[..., Engine] = OfflineEngine,
+        engine_factory: Callable[..., Engine] | None = None,
     ) -> None:
         from transformers import AutoTokenizer
 
@@ -83,18 +90,19 @@ class Generator:
                 f"'{recipe.target.model}' is another model on this node than on the driver", field="target.model"
             )
         tokenizer = AutoTokenizer.from_pretrained(path)
-        mask = recipe.draft.mask_token_id
         self._builder = PromptBuilder(
             tokenizer,
             recipe.prompts,
             max_prompt_len=recipe.target.max_model_len - recipe.generate.max_new_tokens,
-            mask_token_id=unused_special_token(tokenizer) if mask is None else mask,
+            mask_token_id=_mask_token(recipe, path, tokenizer),
         )
-        on_gpu = recipe.generate.gpus_per_actor > 0
+        self._judge = None
+        if recipe.generate.verifier is not None:
+            self._judge = Judge(tokenizer, build_verifier(recipe.generate.verifier), recipe.generate.reference)
+        # Confined code takes a core while it runs.
+        self._judging = ThreadPoolExecutor(max(1, int(recipe.generate.cpus_per_actor)), "judge")
         self._gate = Gate()
-        self._engine = engine_factory(
-            engine_arguments(recipe.target, path, dtype=recipe.generate.dtype, on_gpu=on_gpu), on_gpu=on_gpu
-        )
+        self._engine = _build_engine(recipe, path, engine_factory)
 
     async def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Finish the shards of column `shard`; one summary row each: the manifest entry and the seconds taken."""
@@ -140,14 +148,21 @@ class Generator:
         return done
 
     async def _draw(self, sample: Sample) -> Trajectory:
-        """The response of one sample, or its quarantined row. Raises EngineDiedError."""
+        """The response of one sample with its verdict, or its quarantined row. Raises EngineDiedError."""
         ids: tuple[int, ...] = ()
         try:
             ids = self._builder.build(sample.row).ids
+            reference = self._judge.reference(sample.row.values) if self._judge else None
             completion = await asyncio.wrap_future(self._engine.submit(ids, self._options(sample)))
         except PromptError as error:
             return self._trajectory(sample, ids, None, str(error))
-        return self._trajectory(sample, ids, completion, None)
+        return self._trajectory(sample, ids, completion, None, await self._verdict(completion, reference))
+
+    async def _verdict(self, completion: Completion, reference: Any) -> bool | None:
+        if self._judge is None:
+            return None
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._judging, self._judge.is_right, completion.token_ids, reference)
 
     def _options(self, sample: Sample) -> SamplingOptions:
         config = self._recipe.generate
@@ -160,19 +175,27 @@ class Generator:
         )
 
     def _trajectory(
-        self, sample: Sample, ids: tuple[int, ...], completion: Completion | None, error: str | None
+        self,
+        sample: Sample,
+        ids: tuple[int, ...],
+        completion: Completion | None,
+        error: str | None,
+        verdict: bool | None = None,
     ) -> Trajectory:
         seed = row_seed(self._recipe.generate.seed, sample.row.index, sample.number)
         response = completion.token_ids if completion else []
+        forwards = completion.num_forwards if completion else None
         return Trajectory(
             sample_id=sample_id(ids, self._record.revision, self._decode_config, seed),
             prompt_ids=list(ids),
             response_ids=response,
             finish_reason=completion.finish_reason if completion else "error",
-            num_forwards=len(response),
+            num_forwards=len(response) if forwards is None else forwards,
             teacher=self._recipe.target.model,
             teacher_revision=self._record.revision,
             decode_config=self._decode_config,
+            commit_step=completion.commit_step if completion else None,
+            verdict=verdict,
             error=error,
             meta={"index": sample.row.index, "sample": sample.number, "source": sample.row.values},
         )
@@ -181,8 +204,28 @@ class Generator:
 def decode_digest(recipe: Recipe) -> str:
     """Hash of everything besides prompt, teacher and seed that a response depends on."""
     g = recipe.generate
-    options = {name: value for name, value in recipe.target.engine.items() if name not in PLACEMENT}
-    return digest(g.max_new_tokens, g.temperature, g.top_p, g.top_k, g.dtype, options)
+    placement = PLACEMENT if g.decoder is None else DIFFUSION_PLACEMENT
+    options = {name: value for name, value in recipe.target.engine.items() if name not in placement}
+    decoder = [] if g.decoder is None else [decoder_config(g.decoder), g.decoder["name"]]
+    return digest(g.max_new_tokens, g.temperature, g.top_p, g.top_k, g.dtype, options, *decoder)
+
+
+def _mask_token(recipe: Recipe, path: Path, tokenizer: Any) -> int:
+    """The id that no prompt may hold: a diffusion teacher's own, or the draft's to be."""
+    if recipe.generate.decoder is not None and (mask := families.read(path).mask_id) is not None:
+        return mask
+    mask = recipe.draft.mask_token_id
+    return unused_special_token(tokenizer) if mask is None else mask
+
+
+def _build_engine(recipe: Recipe, path: Path, factory: Callable[..., Engine] | None) -> Engine:
+    config = recipe.generate
+    on_gpu = config.gpus_per_actor > 0
+    if config.decoder is None:
+        arguments = engine_arguments(recipe.target, path, dtype=config.dtype, on_gpu=on_gpu)
+        return (factory or OfflineEngine)(arguments, on_gpu=on_gpu)
+    arguments = diffusion_arguments(recipe.target, path, config.decoder, dtype=config.dtype)
+    return (factory or OfflineDiffusionEngine)(arguments, on_gpu=on_gpu)
 
 
 def _end_process(error: EngineDiedError) -> NoReturn:

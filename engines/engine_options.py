@@ -40,6 +40,11 @@ PLACEMENT = frozenset(
 )
 """Options that say where and how fast the engine runs; its distribution does not depend on them."""
 
+DIFFUSION_PLACEMENT = frozenset(
+    {"cuda_graphs", "max_fed_columns", "max_graphs", "max_logits_mb", "max_rows", "max_waiting", "shape_multiple"}
+)
+"""The same of a diffusion LM's engine (`unmask.decoding.engine.EngineConfig`)."""
+
 _CPU_KV_CACHE_BYTES = 1 << 30
 """Without a bound vLLM takes most of a CPU host's memory."""
 

@@ -86,6 +86,7 @@ class TargetEngine:
         self._draft = draft
         self._stats = TargetStats()
         self._engine: AsyncLLM | None = None
+        self._salted = False
 
     async def start(self) -> None:
         """Load the model and start the engine core, a process of its own.
@@ -104,6 +105,7 @@ class TargetEngine:
             on_gpu=self._on_gpu,
             draft=self._draft,
         )
+        self._salted = self._draft is not None and bool(arguments["enable_prefix_caching"])
         self._engine = await asyncio.to_thread(self._build, arguments)
 
     async def stop(self) -> None:
@@ -136,6 +138,8 @@ class TargetEngine:
         try:
             params = sampling_params(options, RequestOutputKind.DELTA)
             prompt = TokensPrompt(prompt_token_ids=list(prompt_ids))
+            if self._salted:
+                prompt["cache_salt"] = self._cache_salt()
             generator = cast("AsyncGenerator[RequestOutput]", self._engine.generate(prompt, params, request_id))
             emitted = 0
             async with aclosing(generator) as outputs:
@@ -156,6 +160,12 @@ class TargetEngine:
         """Counters of the worker's draft link (`unmask.pairing.status`); None without one, or before it is up."""
         status_file = read_link_file(self._draft.link_file).status_file if self._draft else None
         return read_status(status_file) if status_file else None
+
+    def _cache_salt(self) -> str:
+        """Keeps prefixes apart that different drafts have seen: one that was cached for a draft that is gone would
+        leave its successor without their features, for as long as they are asked for.
+        """
+        return f"draft epoch {(self.link_status() or {}).get('epoch', 0):.0f}"
 
     def _build(self, arguments: Mapping[str, Any]) -> AsyncLLM:
         variables = {} if self._on_gpu else dict(_CPU_VARIABLES)

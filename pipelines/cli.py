@@ -19,14 +19,15 @@ from typing import NoReturn
 import yaml
 
 from actors.cluster import FaultError
+from actors.stop_request import StoppedError
 from unmask.config import Recipe
 from unmask.errors import ConfigError, UserError, nearest
 from unmask.recipe import load_recipe, to_tree
 
-_HELPERS = ("cli", "progress")
+_HELPERS = ("cli", "progress", "student_evaluation", "training")
 
 DONE, USER_ERROR, FAULT, INTERRUPTED = 0, 2, 3, 130
-"""Exit codes: done; the user can mend it; faults that retries did not mend; stopped by Ctrl-C."""
+"""Exit codes: done; the user can mend it; faults that retries did not mend; stopped by Ctrl-C or SIGTERM."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +67,11 @@ def run_pipeline(
         sys.stdout.write(main(Invocation(recipe=recipe, fresh=arguments.fresh)) + "\n")
     except UserError as error:
         return _fail(USER_ERROR, str(error))
-    except FaultError as error:
+    except (FaultError, OSError) as error:
+        # An OSError is a disk or store that is full, read-only or gone: what is finished stays, and is resumed from.
         return _fail(FAULT, str(error))
-    except KeyboardInterrupt:
-        return _fail(INTERRUPTED, "interrupted; run the same command again to go on from here")
+    except (KeyboardInterrupt, StoppedError):
+        return _fail(INTERRUPTED, "stopped; run the same command again to go on from here")
     return DONE
 
 

@@ -67,7 +67,8 @@ def gate(recipe: Recipe, run_dir: Path, draft: Path) -> GateReport:
     )
     from serve_app.handle import serve_pairing
 
-    handle = serve_pairing(replace(recipe, serve=replace(serve, draft=str(draft))))
+    # The acceptance length is compared at the K that was evaluated.
+    handle = serve_pairing(replace(recipe, serve=replace(serve, draft=str(draft), adaptive_k=False)))
     try:
         client = _Client(handle.url, serve.name, recipe.evaluate.max_new_tokens)
         _wait(lambda: _stat(handle, "unmask_speculation_enabled") == 1, 60)

@@ -15,26 +15,35 @@ from pathlib import Path
 from typing import Any
 
 from actors.generation_pool import run_shards
-from engines.engine_options import PLACEMENT, check_engine_options
-from engines.offline_engine import OfflineEngine
+from engines.engine_options import DIFFUSION_PLACEMENT, PLACEMENT, check_engine_options
 from pipelines.cli import Invocation, run_pipeline
 from pipelines.progress import GenerationProgress
 from unmask.config import Recipe
 from unmask.errors import UserError
 from unmask.files import write_json
 from unmask.manifest import Manifest, ManifestSaver, ShardEntry
+from unmask.placement import stage_demands
 from unmask.prompt_rows import check_source
 from unmask.provenance import check_same_run, write_run
 from unmask.recipe import to_tree
 from unmask.staged_prompts import stage_prompts
 from unmask.targets import describe_target, resolve_target
+from unmask.teachers import check_teacher, with_teacher
 from unmask.trajectories import inspect_shard
 from unmask.types import TargetRecord
 
 _MAY_CHANGE = frozenset(
     f"generate.{name}"
-    for name in ("min_actors", "max_actors", "cpus_per_actor", "gpus_per_actor", "max_attempts", "progress_every_s")
-) | frozenset(f"target.engine.{name}" for name in PLACEMENT)
+    for name in (
+        "min_actors",
+        "max_actors",
+        "cpus_per_actor",
+        "gpus_per_actor",
+        "labels",
+        "max_attempts",
+        "progress_every_s",
+    )
+) | frozenset(f"target.engine.{name}" for name in PLACEMENT | DIFFUSION_PLACEMENT)
 """Fields that a resumed run may change: no response depends on them."""
 
 _TEACHER = "teacher.json"
@@ -58,7 +67,7 @@ def generate(
     run_dir: Path,
     *,
     fresh: bool = False,
-    engine_factory: Callable[..., Any] = OfflineEngine,
+    engine_factory: Callable[..., Any] | None = None,
 ) -> GenerateReport:
     """Generate the trajectories of a recipe into `<run_dir>/trajectories`, going on with what is there.
 
@@ -74,11 +83,15 @@ def generate(
     directory = run_dir / "trajectories"
     tree = {name: value for name, value in to_tree(recipe).items() if name in _SECTIONS}
     check_source(recipe.prompts)
-    check_engine_options(recipe.target.engine)
+    if recipe.generate.decoder is None:
+        check_engine_options(recipe.target.engine)
     if fresh:
         shutil.rmtree(directory, ignore_errors=True)
     check_same_run(directory, tree, ignore=_MAY_CHANGE)
-    record = describe_target(resolve_target(recipe.target.model, recipe.target.revision))
+    recipe = with_teacher(recipe, run_dir)
+    teacher = resolve_target(recipe.target.model, recipe.target.revision)
+    check_teacher(teacher, recipe.generate.decoder)
+    record = describe_target(teacher)
     _check_same_teacher(directory, record)
     write_run(directory, tree)
     write_json(directory / _TEACHER, asdict(record))
@@ -151,11 +164,9 @@ def _report(manifest: Manifest, progress: GenerationProgress, resumed_shards: in
 
 def placement(recipe: Recipe) -> str:
     """What `--plan` says of this stage."""
-    config = recipe.generate
-    return (
-        f"# generate: {config.min_actors} to {config.max_actors} actors, each {config.cpus_per_actor:g} CPUs and "
-        f"{config.gpus_per_actor:g} GPUs; {config.rows_per_shard} rows a shard\n"
-    )
+    [actors] = stage_demands(recipe)["generate"]
+    shards = f"{recipe.generate.rows_per_shard} rows a shard"
+    return f"# generate: {actors.least} to {actors.most} actors, each {actors}; {shards}\n"
 
 
 def main(invocation: Invocation) -> str:

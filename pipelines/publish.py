@@ -1,22 +1,24 @@
-"""A draft to an immutable version: `python -m pipelines.publish recipe.yaml [section.field=value ...]`.
+"""A draft or student to an immutable version: `python -m pipelines.publish recipe.yaml [section.field=value ...]`.
 
-The version is a digest of weights and target record: what is published is never changed, and publishing the same
-draft twice gives the same directory.
+The version is a digest of weights and of what they were made for or from: what is published is never changed, and
+publishing the same twice gives the same directory.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.cli import Invocation, run_pipeline
-from unmask.checkpoints import WEIGHTS, check_pairing, load_draft, read_config, save_draft
-from unmask.config import Recipe
+from unmask.checkpoints import WEIGHTS, check_pairing, load_confidence, load_draft, read_config, save_draft
+from unmask.config import Recipe, StudentConfig
+from unmask.diffusion_checkpoints import read_lineage
 from unmask.errors import CheckpointError
-from unmask.files import sha256_file, verify_directory
-from unmask.model_card import model_card
+from unmask.files import CHECKSUMS, atomic_directory, sha256_file, verify_directory
+from unmask.model_card import diffusion_card, model_card
 from unmask.provenance import PROVENANCE, RUN_YAML
 from unmask.recipe import digest
 from unmask.targets import describe_target, resolve_target
@@ -25,36 +27,72 @@ from unmask.types import TargetRecord
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishReport:
-    """A published draft."""
+    """A published draft or student."""
 
     version: str
     path: str
 
 
 def publish(recipe: Recipe, run_dir: Path) -> PublishReport:
-    """Publish a draft under `<directory>/<name>-<version>`.
+    """Publish what `distill` made (or `publish.draft`) under `<directory>/<name>-<version>`.
 
     Raises:
         PairingError: the draft's records do not fit the target.
-        CheckpointError: a damaged draft, or a published directory that has been tampered with.
+        CheckpointError: a damaged draft or student, or a published directory that has been tampered with.
     """
+    if recipe.student is not None:
+        return _publish_student(recipe, recipe.student, run_dir)
     config = recipe.publish
     source = Path(config.draft) if config.draft else run_dir / "draft" / "final"
     target = describe_target(resolve_target(recipe.target.model, recipe.target.revision))
     _check(source, target, adopt=config.adopt)
-    version = digest(_weights_digest(source), target)[:12]
-    path = Path(config.directory or run_dir / "published") / f"{config.name}-{version}"
-    if path.exists():
-        if not verify_directory(path):
-            raise CheckpointError(f"'{path}' has been changed since it was published; remove it and publish again")
+    version = digest(_weights_digest(source), target, *([config.format] if config.format != "zlab" else []))[:12]
+    path = _directory(recipe, run_dir, f"{config.name or 'dflash'}-{version}")
+    if _is_published(path):
         return PublishReport(version=version, path=str(path))
     draft = load_draft(source)
     evaluation = run_dir / "evaluation" / "evaluation.json"
     sets = json.loads(evaluation.read_text())["sets"] if evaluation.is_file() and not config.draft else {}
     card = model_card(path.name, recipe.target.model, config.license, draft.config, target, sets)
     records = {n: (source / n).read_text() for n in (RUN_YAML, PROVENANCE) if (source / n).is_file()}
-    save_draft(draft, path, target, texts={"README.md": card, **records})
+    save_draft(
+        draft,
+        path,
+        target,
+        texts={"README.md": card, **records},
+        form=config.format,
+        confidence=load_confidence(source),
+    )
     return PublishReport(version=version, path=str(path))
+
+
+def _publish_student(recipe: Recipe, student: StudentConfig, run_dir: Path) -> PublishReport:
+    config = recipe.publish
+    source = Path(config.draft) if config.draft else run_dir / "student" / "final"
+    lineage = read_lineage(source)
+    version = digest(_weights_digest(source), lineage)[:12]
+    path = _directory(recipe, run_dir, f"{config.name or student.objective}-{version}")
+    if _is_published(path):
+        return PublishReport(version=version, path=str(path))
+    evaluation = run_dir / "evaluation" / "evaluation.json"
+    rows = json.loads(evaluation.read_text())["rows"] if evaluation.is_file() and not config.draft else []
+    card = diffusion_card(path.name, recipe.target.model, config.license, lineage, rows)
+    with atomic_directory(path) as partial:
+        for file in source.iterdir():
+            if file.name != CHECKSUMS:
+                shutil.copyfile(file, partial / file.name)
+        (partial / "README.md").write_text(card)
+    return PublishReport(version=version, path=str(path))
+
+
+def _directory(recipe: Recipe, run_dir: Path, name: str) -> Path:
+    return Path(recipe.publish.directory or run_dir / "published") / name
+
+
+def _is_published(path: Path) -> bool:
+    if path.exists() and not verify_directory(path):
+        raise CheckpointError(f"'{path}' has been changed since it was published; remove it and publish again")
+    return path.exists()
 
 
 def _check(source: Path, target: TargetRecord, *, adopt: bool) -> None:

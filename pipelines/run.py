@@ -1,6 +1,7 @@
 """The whole line from one recipe: `python -m pipelines.run recipe.yaml [section.field=value ...]`.
 
-generate, distil, evaluate, publish, gate. A stage is skipped when it has finished and its inputs are unchanged; an
+A pairing: generate, distil, evaluate, publish, gate. A student: adapt (where the recipe asks for it), generate, distil,
+evaluate, publish. A stage is skipped when it has finished and its inputs are unchanged; an
 unfinished one is resumed; one whose inputs have changed starts over, and so do the stages after it.
 """
 
@@ -18,16 +19,19 @@ from typing import Any
 from actors.cluster import connect
 from engines.engine_options import check_engine_options
 from pipelines.cli import Invocation, run_pipeline
-from unmask.config import Recipe
+from unmask.config import DistillConfig, Recipe, TrainingConfig
+from unmask.errors import ConfigError
 from unmask.files import write_json
+from unmask.placement import stage_demands
 from unmask.prompt_rows import check_source
 from unmask.recipe import digest
 
 logger = logging.getLogger(__name__)
 
 INPUTS = {
+    "adapt": ("target", "adapt"),
     "generate": ("target", "prompts", "generate"),
-    "distill": ("draft", "distill"),
+    "distill": ("draft", "distill", "student"),
     "evaluate": ("evaluate",),
     "publish": ("publish",),
     "gate": ("serve",),
@@ -73,32 +77,80 @@ def run(recipe: Recipe, run_dir: Path, *, fresh: bool = False) -> dict[str, Any]
         UserError: from any stage, or a pairing that fails the gate.
         FaultError: from any stage.
     """
-    from pipelines.distill import distill
-    from pipelines.evaluate import evaluate
-    from pipelines.gate import GateReport, check, gate
-    from pipelines.generate import generate
-    from pipelines.publish import publish
-
     start = time.monotonic()
     for prompts in (recipe.prompts, recipe.evaluate.new_items, recipe.evaluate.new_templates):
         check_source(prompts)
-    check_engine_options(recipe.target.engine)
+    if recipe.generate.decoder is None:
+        check_engine_options(recipe.target.engine)
+    if recipe.student is not None and recipe.generate.verifier is None:
+        raise ConfigError("a student is evaluated by one; name it, as in `verifier: number`", field="generate.verifier")
     if fresh:
         for record in (run_dir / "stages").glob("*.json"):
             record.unlink()
     connect(num_cpus=cpus(recipe), num_gpus=gpus(recipe))
     line = Line(recipe, run_dir)
-    stages = {
+    if recipe.student is not None:
+        report = student_summary(_student_stages(line, fresh)) | {"seconds": time.monotonic() - start}
+        write_json(run_dir / "report.json", report)
+        return report
+    from pipelines.gate import GateReport, check
+
+    stages = _pairing_stages(line, fresh)
+    report = summary(stages) | {"seconds": time.monotonic() - start}
+    write_json(run_dir / "report.json", report)
+    check(GateReport(**stages["gate"]))
+    return report
+
+
+def _pairing_stages(line: Line, fresh: bool) -> dict[str, dict[str, Any]]:
+    from pipelines.gate import gate
+
+    recipe, run_dir = line.recipe, line.run_dir
+    stages = _common_stages(line, fresh)
+    stages["gate"] = line.stage("gate", lambda again: gate(recipe, run_dir, Path(stages["publish"]["path"])))
+    return stages
+
+
+def _student_stages(line: Line, fresh: bool) -> dict[str, dict[str, Any]]:
+    from pipelines.adapt import adapt
+
+    recipe, run_dir = line.recipe, line.run_dir
+    stages = {}
+    if recipe.adapt is not None and recipe.student is not None and recipe.student.teacher is None:
+        stages["adapt"] = line.stage("adapt", lambda again: adapt(recipe, run_dir, fresh=fresh or again))
+    return stages | _common_stages(line, fresh)
+
+
+def _common_stages(line: Line, fresh: bool) -> dict[str, dict[str, Any]]:
+    from pipelines.distill import distill
+    from pipelines.evaluate import evaluate
+    from pipelines.generate import generate
+    from pipelines.publish import publish
+
+    recipe, run_dir = line.recipe, line.run_dir
+    return {
         "generate": line.stage("generate", lambda again: generate(recipe, run_dir, fresh=fresh or again)),
         "distill": line.stage("distill", lambda again: distill(recipe, run_dir, fresh=fresh or again)),
         "evaluate": line.stage("evaluate", lambda again: evaluate(recipe, run_dir)),
         "publish": line.stage("publish", lambda again: publish(recipe, run_dir)),
     }
-    stages["gate"] = line.stage("gate", lambda again: gate(recipe, run_dir, Path(stages["publish"]["path"])))
-    report = summary(stages) | {"seconds": time.monotonic() - start}
-    write_json(run_dir / "report.json", report)
-    check(GateReport(**stages["gate"]))
-    return report
+
+
+def student_summary(stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The figures of a student's run that people and scripts look at first."""
+    figures = ("accuracy", "nfe", "tpf", "tokens_per_second")
+    trained = {name: stages[name] for name in ("adapt", "distill") if name in stages}
+    return {
+        **{n: {k: r[k] for k in ("steps", "loss_first", "loss_last", "seconds")} for n, r in trained.items()},
+        "generate": {name: stages["generate"][name] for name in ("rows", "quarantined", "tokens_per_second")},
+        "evaluate": {
+            f"{row['set']}.{row['checkpoint']}.{row['decoder']['name']}.{name}": row[name]
+            for row in stages["evaluate"]["rows"]
+            for name in figures
+        }
+        | {f"aup.{name}": value for name, value in stages["evaluate"]["aup"].items()},
+        "publish": stages["publish"],
+    }
 
 
 def summary(stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -130,10 +182,10 @@ def summary(stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def cpus(recipe: Recipe) -> float:
     """CPUs that the hungriest stage asks for at the same time."""
-    serve, distill, evaluate = recipe.serve, recipe.distill, recipe.evaluate
+    serve, evaluate = recipe.serve, recipe.evaluate
     return max(
         recipe.generate.min_actors * recipe.generate.cpus_per_actor,
-        distill.num_workers * distill.cpus_per_worker + 1,
+        *(training.num_workers * training.cpus_per_worker + 1 for training in _trainings(recipe)),
         evaluate.num_workers * evaluate.cpus_per_worker,
         serve.target_replicas * serve.target_cpus + serve.draft_replicas * serve.draft_cpus,
     )
@@ -144,10 +196,16 @@ def gpus(recipe: Recipe) -> float:
     serve = recipe.serve
     return max(
         recipe.generate.min_actors * recipe.generate.gpus_per_actor,
-        recipe.distill.num_workers if recipe.distill.use_gpu else 0,
+        *(training.num_workers if training.use_gpu else 0 for training in _trainings(recipe)),
         recipe.evaluate.num_workers if recipe.evaluate.use_gpu else 0,
         serve.target_replicas * serve.target_gpus + serve.draft_replicas * serve.draft_gpus,
     )
+
+
+def _trainings(recipe: Recipe) -> list[DistillConfig | TrainingConfig]:
+    if recipe.student is None:
+        return [recipe.distill]
+    return [recipe.student] if recipe.adapt is None else [recipe.adapt, recipe.student]
 
 
 def table(report: dict[str, Any]) -> str:
@@ -171,15 +229,11 @@ def _cell(value: Any) -> str:
 
 def placement(recipe: Recipe) -> str:
     """What `--plan` says of the whole line."""
-    from pipelines import distill, generate
+    from pipelines import generate, training
 
-    serve = recipe.serve
-    return (
-        generate.placement(recipe)
-        + distill.placement(recipe)
-        + f"# serve: {serve.target_replicas} x target ({serve.target_cpus:g} CPUs, {serve.target_gpus:g} GPUs), "
-        f"{serve.draft_replicas} x draft ({serve.draft_cpus:g} CPUs, {serve.draft_gpus:g} GPUs)\n"
-    )
+    served = [f"# {d.name}: {d.least} to {d.most} replicas, each {d}\n" for d in stage_demands(recipe)["serve"]]
+    trained = training.placement(recipe, "adapt"), training.placement(recipe, "distill")
+    return trained[0] + generate.placement(recipe) + trained[1] + "".join([] if recipe.student else served)
 
 
 def main(invocation: Invocation) -> str:

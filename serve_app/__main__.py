@@ -14,6 +14,7 @@ import yaml
 from actors.cluster import FaultError, connect
 from unmask.config import Recipe
 from unmask.errors import UserError
+from unmask.placement import serve_demands
 from unmask.recipe import load_recipe
 
 _SECTIONS = ("target", "serve")
@@ -42,9 +43,14 @@ def plan(recipe: Recipe) -> str:
     """The resolved sections of a recipe, and what will be placed where."""
     serve = recipe.serve
     tree = {name: dataclasses.asdict(getattr(recipe, name)) for name in _SECTIONS}
-    lines = [f"# target: {serve.target_replicas} x ({serve.target_cpus:g} CPU, {serve.target_gpus:g} GPU)"]
+    lines = []
+    if serve.serves_target:
+        lines.append(f"# target: {serve.target_replicas} x ({serve.target_cpus:g} CPU, {serve.target_gpus:g} GPU)")
     if serve.draft is not None:
         lines.append(f"# draft: {serve.draft_replicas} x ({serve.draft_cpus:g} CPU, {serve.draft_gpus:g} GPU)")
+    if serve.diffusion is not None:
+        each = f"({serve.diffusion_cpus:g} CPU, {serve.diffusion_gpus:g} GPU)"
+        lines.append(f"# diffusion: {serve.diffusion_replicas} x {each}")
     lines.append("# ingress and directory: 1 each, no CPU reserved; one HTTP proxy a node")
     return yaml.safe_dump(tree, sort_keys=False) + "\n".join(lines) + "\n"
 
@@ -60,10 +66,10 @@ def serve_until_stopped(recipe: Recipe) -> None:
 
     stopped = threading.Event()
     serve = recipe.serve
-    drafts = serve.draft_replicas if serve.draft is not None else 0
+    demands = serve_demands(serve, has_draft=serve.draft is not None)
     connect(
-        num_cpus=serve.target_replicas * serve.target_cpus + drafts * serve.draft_cpus,
-        num_gpus=serve.target_replicas * serve.target_gpus + drafts * serve.draft_gpus,
+        num_cpus=sum(demand.least * demand.resources.get("CPU", 0) for demand in demands),
+        num_gpus=sum(demand.least * demand.resources.get("GPU", 0) for demand in demands),
     )
     handle = serve_pairing(recipe)
     for number in (signal.SIGTERM, signal.SIGINT):

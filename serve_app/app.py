@@ -1,4 +1,4 @@
-"""The application: an HTTP ingress, target replicas, draft replicas and the directory that introduces them.
+"""The application: an HTTP ingress, replicas of targets, drafts and diffusion LMs, and the directory that knows them.
 
 `serve deploy serve_app/config.yaml` builds it on a cluster from `build`; `serve_pairing` runs it from a process that
 has joined one.
@@ -6,6 +6,7 @@ has joined one.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -20,15 +21,16 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.admission import Admission
 from serve_app.auth import KeyFile
-from serve_app.backend import ReplicaReport
+from serve_app.backend import Backend, ReplicaReport
 from serve_app.directory import Directory
 from serve_app.draft import Draft
 from serve_app.ingress import create_app
 from serve_app.replica_log import join_replica_log
-from serve_app.replicas import ReplicaBackend
+from serve_app.replicas import DiffusionReplicas, ReplicaBackend
 from serve_app.service import Service
 from serve_app.settings import (
     AppConfig,
+    diffusion_options,
     directory_options,
     draft_options,
     ingress_options,
@@ -37,42 +39,44 @@ from serve_app.settings import (
 )
 from serve_app.target import Target
 from serve_app.telemetry import Telemetry
-from unmask.errors import ConfigError
+from unmask.config import ServeConfig
+from unmask.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
 
 @serve.ingress()
 class Ingress:
-    """The HTTP application over the target replicas.
+    """The HTTP application over the replicas of each model.
 
     Raises:
-        CheckpointError: the target's tokenizer cannot be read.
+        CheckpointError: a model's tokenizer cannot be read.
     """
 
     async def __init__(
-        self, config: AppConfig, target: DeploymentHandle, directory: DeploymentHandle, draft: DeploymentHandle | None
+        self,
+        config: AppConfig,
+        target: DeploymentHandle | None,
+        directory: DeploymentHandle,
+        draft: DeploymentHandle | None,
+        diffusion: DeploymentHandle | None = None,
     ) -> None:
-        # Imported where the replica runs: the process that builds the application needs no tokenizer.
-        from serve_app.tokenizer import ChatTokenizer
-        from unmask.targets import resolve_target
-
         join_replica_log()
         self._draft = draft  # held so that Serve deploys it with the application
+        self._directory = directory
         options = config.serve
-        admission = Admission(config.slots, options.max_queued)
-        telemetry = Telemetry(admission)
         self._keys = KeyFile(Path(options.api_keys_file)) if options.api_keys_file else None
-        self._service = Service(
-            model=options.name,
-            max_model_len=config.target.max_model_len,
-            created=int(time.time()),
-            tokenizer=ChatTokenizer.load(resolve_target(config.target.model, config.target.revision)),
-            backend=ReplicaBackend(target, directory, telemetry.resumed.inc),
-            admission=admission,
-            telemetry=telemetry,
-            deadline_s=options.request_timeout_s,
-        )
+        target_admission = Admission(config.slots, options.max_queued)
+        diffusion_admission = Admission(config.diffusion_slots, options.max_queued)
+        telemetry = Telemetry(target_admission, diffusion_admission)
+        services = []
+        if target is not None:
+            backend = ReplicaBackend(target, directory, telemetry.resumed.inc)
+            services.append(_target_service(config, backend, target_admission, telemetry))
+        if diffusion is not None:
+            backend = DiffusionReplicas(diffusion, directory, telemetry.resumed.inc)
+            services.append(_diffusion_service(config, backend, diffusion_admission, telemetry))
+        self._service = replace(services[0], beside=tuple(services[1:]))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""
@@ -83,9 +87,13 @@ class Ingress:
         """Every live replica, for the process that started the service."""
         return await self._service.backend.reports()
 
+    async def want_draft(self, path: str) -> None:
+        """Have all draft replicas swap in another published draft."""
+        await self._directory.want_draft.remote(path)
+
     async def drain(self) -> None:
         """Refuse new requests and return when the running ones are done."""
-        await self._service.admission.drain()
+        await asyncio.gather(*(service.admission.drain() for service in self._service.all))
 
 
 def build(args: Mapping[str, Any]) -> Application:
@@ -102,18 +110,68 @@ def build_application(config: AppConfig) -> Application:
     """The application of a configuration. Raises as `build` does, before any replica is asked for."""
     config = _with_absolute_paths(config)
     _check(config)
-    directory = serve.deployment(**directory_options())(Directory).bind()
+    directory = serve.deployment(**directory_options(config))(Directory).bind()
     draft = None
     if config.serve.draft is not None:
         draft = serve.deployment(**draft_options(config))(Draft).bind(config, directory)
-    target = serve.deployment(**target_options(config))(Target).bind(config, directory)
-    return serve.deployment(**ingress_options(config))(Ingress).bind(config, target, directory, draft)
+    target = None
+    if config.serve.serves_target:
+        target = serve.deployment(**target_options(config))(Target).bind(config, directory)
+    diffusion = None
+    if config.serve.diffusion is not None:
+        # Its engine is imported only where there is a diffusion LM.
+        from serve_app.diffusion import Diffusion
+
+        diffusion = serve.deployment(**diffusion_options(config))(Diffusion).bind(config, directory)
+    return serve.deployment(**ingress_options(config))(Ingress).bind(config, target, directory, draft, diffusion)
+
+
+def _target_service(config: AppConfig, backend: Backend, admission: Admission, telemetry: Telemetry) -> Service:
+    # Imported where the replica runs: the process that builds the application needs no tokenizer.
+    from serve_app.tokenizer import ChatTokenizer
+    from unmask.targets import resolve_target
+
+    return Service(
+        model=config.serve.name,
+        max_model_len=config.target.max_model_len,
+        created=int(time.time()),
+        tokenizer=ChatTokenizer.load(resolve_target(config.target.model, config.target.revision)),
+        backend=backend,
+        admission=admission,
+        telemetry=telemetry,
+        deadline_s=config.serve.request_timeout_s,
+    )
+
+
+def _diffusion_service(config: AppConfig, backend: Backend, admission: Admission, telemetry: Telemetry) -> Service:
+    from serve_app.diffusion_library import library_shape
+    from serve_app.diffusion_rules import DiffusionRules
+    from serve_app.tokenizer import ChatTokenizer
+
+    options = config.serve
+    return Service(
+        model=options.diffusion_name or options.name,
+        max_model_len=options.diffusion_length,
+        created=int(time.time()),
+        tokenizer=ChatTokenizer.load(Path(options.diffusion or "")),
+        backend=backend,
+        admission=admission,
+        telemetry=telemetry,
+        deadline_s=options.request_timeout_s,
+        diffusion=DiffusionRules(library_shape(options)),
+    )
 
 
 def _with_absolute_paths(config: AppConfig) -> AppConfig:
     """Replicas run in other folders than the process that builds the application."""
     options, target = config.serve, config.target
-    options = replace(options, draft=_absolute(options.draft), api_keys_file=_absolute(options.api_keys_file))
+    options = replace(
+        options,
+        draft=_absolute(options.draft),
+        diffusion=_absolute(options.diffusion),
+        verifier=_absolute(options.verifier),
+        api_keys_file=_absolute(options.api_keys_file),
+    )
     if Path(target.model).is_dir():
         target = replace(target, model=str(Path(target.model).absolute()))
     return replace(config, serve=options, target=target)
@@ -125,12 +183,27 @@ def _absolute(path: str | None) -> str | None:
 
 def _check(config: AppConfig) -> None:
     """Refuse what no replica could serve."""
-    from unmask.targets import resolve_target
-
-    target = resolve_target(config.target.model, config.target.revision)
     keys = config.serve.api_keys_file
     if keys is not None and not Path(keys).is_file():
         raise ConfigError(f"there is no file '{keys}'", field="serve.api_keys_file")
+    if config.serve.diffusion is not None:
+        _check_diffusion(config.serve)
+    if config.serve.serves_target:
+        _check_target(config)
+
+
+def _check_diffusion(options: ServeConfig) -> None:
+    from serve_app.diffusion_library import library_shape
+
+    library_shape(options)
+    if not (Path(options.diffusion or "") / "tokenizer.json").is_file():
+        raise CheckpointError(f"'{options.diffusion}' has no tokenizer.json", field="serve.diffusion")
+
+
+def _check_target(config: AppConfig) -> None:
+    from unmask.targets import resolve_target
+
+    target = resolve_target(config.target.model, config.target.revision)
     if config.serve.draft is None:
         return
     from unmask.checkpoints import check_pairing

@@ -17,12 +17,14 @@ class BackendUnavailableError(Exception):
 class ReplicaReport:
     """What one replica last said of itself."""
 
-    role: Literal["target", "draft"]
+    role: Literal["target", "draft", "diffusion"]
     replica: str
     pids: tuple[int, ...]
     """Its own process first, then the engine's."""
     stats: dict[str, Any] = field(default_factory=dict)
     """Counters and gauges by name: numbers, or lists of numbers by draft position."""
+    checkpoint: str = ""
+    """Directory of what it serves, where that can change while it runs."""
 
 
 class Backend(Protocol):

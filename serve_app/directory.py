@@ -12,7 +12,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -50,6 +50,8 @@ class _Entry:
     seen_s: float
     endpoint: DraftEndpoint | None = None
     assigned: str | None = None
+    shunned: set[str] = field(default_factory=set)
+    """Drafts that a target was once not connected to."""
 
 
 class Registry:
@@ -59,22 +61,42 @@ class Registry:
         self._clock = clock
         self._entries: dict[str, _Entry] = {}
         self._secret: str | None = None
+        self._draft: str | None = None
 
     def agree_on_secret(self, current: str | None) -> str:
         """The application's shared secret. The first replica with one decides; without any, one is made."""
         self._secret = self._secret or current or secrets.token_hex(32)
         return self._secret
 
+    def want_draft(self, path: str) -> None:
+        """From now on, replicas shall serve this draft."""
+        self._draft = path
+
+    def agree_on_draft(self, current: str | None) -> str | None:
+        """The draft that replicas shall serve; None leaves each with the one that it started with.
+
+        Args:
+            current: the draft that the asking replica has swapped in, from which a restarted directory learns it.
+        """
+        self._draft = self._draft or current
+        return self._draft
+
     def note_draft(self, report: ReplicaReport, endpoint: DraftEndpoint) -> None:
         """A draft replica is alive."""
         self._entries[report.replica] = _Entry(report=report, seen_s=self._clock(), endpoint=endpoint)
 
+    def note_diffusion(self, report: ReplicaReport) -> None:
+        """A replica of a diffusion LM is alive."""
+        self._entries[report.replica] = _Entry(report=report, seen_s=self._clock())
+
     def note_target(self, report: ReplicaReport, link: LinkState) -> DraftEndpoint | None:
         """A target replica is alive; answers which draft it should use, or None while there is none."""
         self._expire()
-        entry = _Entry(report=report, seen_s=self._clock())
-        self._entries.pop(report.replica, None)
-        endpoint = self._choose(link)
+        before = self._entries.pop(report.replica, None)
+        entry = _Entry(report=report, seen_s=self._clock(), shunned=before.shunned if before else set())
+        if link.address and not link.connected:
+            entry.shunned.add(link.address)
+        endpoint = self._choose(link, entry.shunned)
         entry.assigned = endpoint.address if endpoint else None
         self._entries[report.replica] = entry
         return endpoint
@@ -84,12 +106,16 @@ class Registry:
         self._expire()
         return [entry.report for entry in self._entries.values()]
 
-    def _choose(self, link: LinkState) -> DraftEndpoint | None:
-        """The draft that the target has, while that works: context is lost with every change. Else the least used."""
+    def _choose(self, link: LinkState, shunned: set[str]) -> DraftEndpoint | None:
+        """The draft that the target has, while that works: context is lost with every change. Else the least used.
+
+        A target leaves a draft that works only where this evens out the targets of the drafts, as when one was added.
+        """
         drafts = {entry.endpoint.address: entry.endpoint for entry in self._entries.values() if entry.endpoint}
-        if link.connected and link.address in drafts:
-            return drafts[link.address]
         uses = Counter(entry.assigned for entry in self._entries.values() if entry.assigned)
+        if link.connected and link.address in drafts:
+            others = [address for address in drafts if address not in shunned and uses[address] < uses[link.address]]
+            return drafts[min(others, key=lambda address: (uses[address], address), default=link.address)]
         # A draft that could not be reached is chosen again only when there is no other.
         order = sorted(drafts, key=lambda address: (address == link.address, uses[address], address))
         return drafts[order[0]] if order else None
@@ -109,9 +135,21 @@ class Directory:
         """See `Registry.agree_on_secret`."""
         return self._registry.agree_on_secret(current)
 
+    async def want_draft(self, path: str) -> None:
+        """See `Registry.want_draft`."""
+        self._registry.want_draft(path)
+
+    async def agree_on_draft(self, current: str | None) -> str | None:
+        """See `Registry.agree_on_draft`."""
+        return self._registry.agree_on_draft(current)
+
     async def note_draft(self, report: ReplicaReport, endpoint: DraftEndpoint) -> None:
         """See `Registry.note_draft`."""
         self._registry.note_draft(report, endpoint)
+
+    async def note_diffusion(self, report: ReplicaReport) -> None:
+        """See `Registry.note_diffusion`."""
+        self._registry.note_diffusion(report)
 
     async def note_target(self, report: ReplicaReport, link: LinkState) -> DraftEndpoint | None:
         """See `Registry.note_target`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,15 +16,21 @@ from serve_app.backend import ReplicaReport
 from serve_app.directory import DraftEndpoint, keep_telling
 from serve_app.replica_log import join_replica_log
 from serve_app.replica_stats import draft_metrics
+from serve_app.scaling import Rate
 from serve_app.settings import AppConfig
-from unmask.errors import ConfigError
+from unmask.errors import CheckpointError, ConfigError, PairingError
 
 if TYPE_CHECKING:
     from unmask.pairing.server import DraftServer
+    from unmask.types import TargetRecord
+
+logger = logging.getLogger(__name__)
 
 
 class Draft:
     """Loads the draft, binds a socket on the node's address, and tells the directory where.
+
+    The directory may name another draft at any time; it is swapped in between two steps, and targets run on.
 
     Raises:
         PairingError: the draft was not trained for this target.
@@ -35,12 +42,21 @@ class Draft:
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._directory = directory
         self._secret: str = await directory.agree_on_secret.remote(None)
-        self._server = await asyncio.to_thread(_start_server, config, self._secret)
+        self._busy_rate = Rate()
+        self._first = config.serve.draft or ""
+        self._swapped_in: str | None = None
+        self._refused: str | None = None
+        self._num_refused = 0
+        self._server, self._record = await asyncio.to_thread(_start_server, config, self._secret)
         self._telling = asyncio.create_task(keep_telling(self._tell))
 
     def endpoint(self) -> DraftEndpoint:
         """Where target workers connect."""
         return DraftEndpoint(address=self._server.address, version=self._server.stats().draft_version, pid=os.getpid())
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve: the share of the time since the last call that the engine computed."""
+        return {"busy": self._busy_rate.of(self._server.stats().busy_s)}
 
     async def check_health(self) -> None:
         """Called by Serve; a replica that raises is replaced."""
@@ -57,12 +73,34 @@ class Draft:
     async def _tell(self) -> None:
         if await self._directory.agree_on_secret.remote(self._secret) != self._secret:
             raise ConfigError("the application has agreed on another secret since this replica started")
-        stats = draft_metrics(self._server.stats())
-        report = ReplicaReport(role="draft", replica=self._replica, pids=(os.getpid(),), stats=stats)
+        wanted = await self._directory.agree_on_draft.remote(self._swapped_in)
+        if wanted not in (None, self._swapped_in, self._refused):
+            await self._swap(wanted)
+        stats = draft_metrics(self._server.stats()) | {"unmask_draft_swaps_refused_total": self._num_refused}
+        report = ReplicaReport(
+            role="draft",
+            replica=self._replica,
+            pids=(os.getpid(),),
+            stats=stats,
+            checkpoint=self._swapped_in or self._first,
+        )
         await self._directory.note_draft.remote(report, self.endpoint())
 
+    async def _swap(self, path: str) -> None:
+        from unmask.pairing.replacement import replace_draft
 
-def _start_server(config: AppConfig, secret: str) -> DraftServer:
+        try:
+            version = await asyncio.to_thread(replace_draft, self._server, path, self._record)
+        except (CheckpointError, PairingError) as error:
+            self._refused = path
+            self._num_refused += 1
+            logger.error("the draft '%s' was refused, the old one goes on: %s", path, error)
+            return
+        self._swapped_in = path
+        logger.info("the draft '%s' is live, version %d", path, version)
+
+
+def _start_server(config: AppConfig, secret: str) -> tuple[DraftServer, TargetRecord]:
     # Imported where the replica runs: the process that builds the application loads no model code.
     import torch
 
@@ -90,4 +128,4 @@ def _start_server(config: AppConfig, secret: str) -> DraftServer:
         record=record,
     )
     server.start()
-    return server
+    return server, record

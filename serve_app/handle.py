@@ -8,6 +8,7 @@ import logging
 import socket
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 from ray import serve
@@ -16,15 +17,19 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from actors.cluster import FaultError
+from actors.placement import require_room
 from serve_app.app import build_application
 from serve_app.backend import ReplicaReport
 from serve_app.settings import APPLICATION, DRAIN_S, AppConfig
+from unmask.checkpoints import read_config
 from unmask.config import Recipe
 from unmask.errors import ConfigError
+from unmask.placement import serve_demands
 
 logger = logging.getLogger(__name__)
 
 _READY_S = 20.0
+_REFUSED = "unmask_draft_swaps_refused_total"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,38 @@ class ServeHandle:
         """Processes of the draft replicas."""
         return self._pids("draft")
 
+    def diffusion_pids(self) -> list[int]:
+        """Processes of the diffusion LM's replicas."""
+        return self._pids("diffusion")
+
+    def swap_draft(self, path: Path, timeout_s: float = 120.0) -> None:
+        """Make a published draft live under load: no replica restarts, no request fails, texts stay the same.
+
+        Args:
+            path: directory of the draft, on storage that the draft replicas share.
+
+        Raises:
+            CheckpointError: not a draft.
+            FaultError: replicas refused it (their log says why) or did not take it in time; each serves on with the
+                draft that it has.
+        """
+        read_config(path)
+        wanted = str(path.absolute())
+        refused_before = sum(report.stats[_REFUSED] for report in self._drafts())
+        self.ingress.want_draft.remote(wanted).result(timeout_s=10)
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            drafts = self._drafts()
+            if drafts and all(report.checkpoint == wanted for report in drafts):
+                return
+            if sum(report.stats[_REFUSED] for report in drafts) > refused_before:
+                raise FaultError(f"the draft replicas refused '{path}'; their logs say why")
+            time.sleep(0.5)
+        raise FaultError(f"not every draft replica has taken '{path}' within {timeout_s:g} s")
+
+    def _drafts(self) -> list[ReplicaReport]:
+        return [report for report in self.reports() if report.role == "draft"]
+
     def shutdown(self, drain_s: float = DRAIN_S) -> None:
         """Refuse new requests, let the running ones finish for up to `drain_s`, then end every replica.
 
@@ -65,7 +102,8 @@ class ServeHandle:
 
 
 def serve_pairing(recipe: Recipe) -> ServeHandle:
-    """Serve the target of a recipe, with its draft if `serve.draft` names one; returns when requests are answered.
+    """Serve the target of a recipe, with its draft if `serve.draft` names one, and the diffusion LM of
+    `serve.diffusion`, beside the target or in its place; returns when requests are answered.
 
     Ray must have been initialised. The proxies listen on `serve.host` and `serve.port`, 0 picking a free port.
 
@@ -76,6 +114,7 @@ def serve_pairing(recipe: Recipe) -> ServeHandle:
     if not ray.is_initialized():
         raise ConfigError("join or start a Ray cluster first (see actors.cluster.connect)")
     application = build_application(AppConfig(target=recipe.target, serve=recipe.serve))
+    require_room(serve_demands(recipe.serve, has_draft=recipe.serve.draft is not None))
     host, port = recipe.serve.host, recipe.serve.port or _free_port(recipe.serve.host)
     serve.start(http_options={"host": host, "port": port})
     try:
@@ -93,9 +132,14 @@ def serve_pairing(recipe: Recipe) -> ServeHandle:
 
 
 def _delete() -> None:
-    """End the application, and Serve if it has no other."""
-    serve.delete(APPLICATION)
-    if not serve.status().applications:
+    """End the application, and Serve if it has no other.
+
+    Serve is ended at once then, and its proxies with it: after a `serve.delete` they would answer 404 in plain text for
+    seconds.
+    """
+    if set(serve.status().applications) - {APPLICATION}:
+        serve.delete(APPLICATION)
+    else:
         serve.shutdown()
 
 

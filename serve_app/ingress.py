@@ -62,70 +62,74 @@ def create_app(service: Service, keys: KeyFile | None = None, *, sets_request_id
 def _generation_routes(service: Service) -> APIRouter:
     router = APIRouter(route_class=BoundedRoute)
 
-    def words(request: Request) -> dict[str, Any]:
+    def words(request: Request, model: Service) -> dict[str, Any]:
         return {
             "request_id": request.state.request_id,
-            "model": service.model,
+            "model": model.model,
             "created": int(time.time()),
-            "tokenizer": service.tokenizer,
+            "tokenizer": model.tokenizer,
         }
 
     @router.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a chat."""
-        service.check_model(body.model)
-        specs = await chat_specs(body, service.tokenizer, service.max_model_len)
-        return await service.answer(request, body, specs, ChatFormat(body, **words(request)))
+        model = service.of(body.model)
+        specs = await chat_specs(body, model.tokenizer, model.max_model_len)
+        specs = model.checked(body, specs, "messages")
+        return await model.answer(request, body, specs, ChatFormat(body, **words(request, model)))
 
     @router.post("/v1/completions", response_model=TextCompletion)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts."""
-        service.check_model(body.model)
-        specs = await completion_specs(body, service.tokenizer, service.max_model_len)
-        return await service.answer(request, body, specs, CompletionFormat(body, **words(request)))
+        model = service.of(body.model)
+        specs = await completion_specs(body, model.tokenizer, model.max_model_len)
+        specs = model.checked(body, specs, "prompt")
+        return await model.answer(request, body, specs, CompletionFormat(body, **words(request, model)))
 
     return router
 
 
 def _token_routes(service: Service) -> APIRouter:
     router = APIRouter(route_class=BoundedRoute)
-    card = ModelCard(
-        id=service.model,
-        object="model",
-        created=service.created,
-        owned_by="unmask",
-        max_model_len=service.max_model_len,
-    )
+    cards = {
+        served.model: ModelCard(
+            id=served.model,
+            object="model",
+            created=served.created,
+            owned_by="unmask",
+            max_model_len=served.max_model_len,
+        )
+        for served in service.all
+    }
 
     @router.get("/v1/models")
     async def models() -> ModelList:
         """The served models."""
-        return ModelList(object="list", data=[card])
+        return ModelList(object="list", data=list(cards.values()))
 
     @router.get("/v1/models/{model:path}")
     async def model(model: str) -> ModelCard:
         """One served model."""
-        service.check_model(model)
-        return card
+        return cards[service.of(model).model]
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Tokens:
         """Token ids of a text or a chat."""
-        service.check_model(body.model)
+        tokenizer = service.of(body.model).tokenizer
         if (body.prompt is None) == (body.messages is None):
             raise errors.invalid("give either 'prompt' or 'messages'", "prompt")
         if body.messages is not None:
-            ids = await service.tokenizer.encode_chat(body.messages)
+            ids = await tokenizer.encode_chat(body.messages)
         else:
-            ids = await service.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
-        return Tokens(tokens=ids, count=len(ids), max_model_len=service.max_model_len)
+            ids = await tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+        return Tokens(tokens=ids, count=len(ids), max_model_len=service.of(body.model).max_model_len)
 
     @router.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Text:
         """Text of token ids."""
-        service.check_model(body.model)
-        service.tokenizer.check_ids(body.tokens, "tokens")
-        return Text(prompt=service.tokenizer.decode(body.tokens))
+        tokenizer = service.of(body.model).tokenizer
+        tokenizer.check_ids(body.tokens, "tokens")
+        return Text(prompt=tokenizer.decode(body.tokens))
 
     return router
 
@@ -140,8 +144,10 @@ def _operator_routes(service: Service) -> APIRouter:
             reports = await service.backend.reports()
         except BackendUnavailableError:
             reports = []
-        if not any(report.role == "target" for report in reports):
-            raise errors.unavailable("no target replica is ready")
+        ready = {report.role for report in reports}
+        for served in service.all:
+            if served.role not in ready:
+                raise errors.unavailable(f"no {served.role} replica is ready")
         return JSONResponse({"status": "ready"})
 
     @router.get("/ping")
@@ -161,6 +167,7 @@ def _operator_routes(service: Service) -> APIRouter:
             reports = await service.backend.reports()
         except BackendUnavailableError:
             reports = []
-        return Response(service.telemetry.exposition(reports, service.model), media_type=CONTENT_TYPE)
+        names = {served.role: served.model for served in service.all}
+        return Response(service.telemetry.exposition(reports, service.model, names), media_type=CONTENT_TYPE)
 
     return router

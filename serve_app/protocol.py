@@ -20,6 +20,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_SCHEMA_CHARS = 65_536
+MAX_DECODER_FIELDS = 16
 _INT64 = 2**63
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -47,7 +48,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 """Fields of OpenAI's and vLLM's APIs that are not served, with the values that ask for nothing."""
 
 DIFFUSION_KEYS = frozenset({"decoder", "threshold", "block_size", "steps"})
-"""How a diffusion LM decodes; meaningless for an autoregressive target."""
+"""How a diffusion LM decodes: the fields of `decoder` and their misspellings are refused beside it."""
 
 
 def _refuse_unserved(body: Any) -> Any:
@@ -59,8 +60,8 @@ def _refuse_unserved(body: Any) -> Any:
     if len(body) > MAX_FIELDS:
         raise errors.invalid(f"the body has more than {MAX_FIELDS} fields")
     for name in body:
-        if difflib.get_close_matches(name, DIFFUSION_KEYS, n=1, cutoff=0.85):
-            raise errors.invalid("the served model is not a diffusion LM; leave this option out", name)
+        if name != "decoder" and difflib.get_close_matches(name, DIFFUSION_KEYS, n=1, cutoff=0.85):
+            raise errors.invalid("goes into 'decoder': {'name': ..., ...}, and for diffusion LMs alone", name)
     return body
 
 
@@ -147,6 +148,7 @@ class GenerationRequest(_Body):
     ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
     return_metrics: bool | None = None
+    decoder: Annotated[dict[str, JsonValue], Field(max_length=MAX_DECODER_FIELDS)] | None = None
 
     _check_unserved = model_validator(mode="before")(_refuse_unserved)
 

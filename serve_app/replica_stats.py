@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engines.target_stats import TargetStats
+    from serve_app.diffusion_engine import EngineStats
     from unmask.pairing.server import DraftStats
 
 
@@ -35,6 +36,7 @@ def target_metrics(stats: TargetStats, link: dict[str, float] | None) -> dict[st
         metrics |= {
             "unmask_link_connected": link["connected"],
             "unmask_link_breaker_open": link["breaker_open"],
+            "unmask_link_draft_version": link["draft_version"],
             "unmask_link_num_speculative_tokens": link["num_speculative_tokens"],
             "unmask_link_steps_total": link["steps"],
             "unmask_link_proposals_total": link["proposals"],
@@ -49,17 +51,37 @@ def target_metrics(stats: TargetStats, link: dict[str, float] | None) -> dict[st
     return metrics
 
 
+def diffusion_metrics(stats: EngineStats) -> dict[str, Any]:
+    """A diffusion LM's replica's."""
+    metrics: dict[str, Any] = {
+        "unmask_denoise_steps_total": stats.num_steps,
+        "unmask_denoise_forwards_total": stats.num_batches,
+        "unmask_diffusion_tokens_total": stats.num_tokens,
+        "unmask_diffusion_finished_total": stats.num_finished,
+        "unmask_diffusion_aborted_total": stats.num_aborted,
+        "unmask_diffusion_requests_running": stats.num_running,
+        "unmask_diffusion_requests_waiting": stats.num_waiting,
+    }
+    if stats.finished_forwards:
+        metrics["unmask_tokens_per_forward"] = stats.finished_tokens / stats.finished_forwards
+    return metrics
+
+
 def draft_metrics(stats: DraftStats) -> dict[str, Any]:
     """A draft replica's."""
     return {
+        "unmask_draft_version": stats.draft_version % 2**53,  # what a float64 holds exactly, as the link reports it
+        "unmask_draft_swaps_total": stats.swaps,
         "unmask_draft_connections": stats.connections,
         "unmask_draft_refused_total": stats.refused,
         "unmask_draft_steps_total": stats.steps,
         "unmask_draft_messages_total": stats.messages,
         "unmask_draft_proposals_total": stats.proposals,
         "unmask_draft_proposed_tokens_total": stats.proposed_tokens,
+        "unmask_draft_proposals_with_gap_total": stats.proposals_with_gap,
         "unmask_draft_busy_seconds_total": stats.busy_s,
         "unmask_draft_resident_requests": stats.resident_requests,
         "unmask_draft_resident_pages": stats.resident_pages,
+        "unmask_draft_idle_pages": stats.idle_pages,
         "unmask_draft_pages": stats.num_pages,
     }

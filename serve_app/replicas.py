@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, ReplicaUnavailableError
@@ -45,7 +46,7 @@ class ReplicaBackend:
         """See `Backend.generate`."""
         sent: list[int] = []
         for attempt in range(MAX_RESUMES + 1):
-            part = self._generate(f"{request_id}-{attempt}", prompt_ids + sent, rest_of(options, len(sent)))
+            part = self._generate(f"{request_id}-{attempt}", *self._arguments(prompt_ids, options, sent))
             try:
                 async with aclosing(part) as deltas:
                     async for delta in deltas:
@@ -66,11 +67,13 @@ class ReplicaBackend:
         except (RayError, RayServeException) as error:
             raise BackendUnavailableError(type(error).__name__) from None
 
-    async def _generate(
-        self, request_id: str, prompt_ids: list[int], options: SamplingOptions
-    ) -> AsyncGenerator[TokenDelta, None]:
+    def _arguments(self, prompt_ids: list[int], options: SamplingOptions, sent: list[int]) -> tuple[Any, ...]:
+        """What a replica is called with for the tokens that are still to come."""
+        return prompt_ids + sent, rest_of(options, len(sent))
+
+    async def _generate(self, request_id: str, *arguments: Any) -> AsyncGenerator[TokenDelta, None]:
         """One attempt at one replica."""
-        response = cast("DeploymentResponseGenerator[TokenDelta]", self._target.remote(request_id, prompt_ids, options))
+        response = cast("DeploymentResponseGenerator[TokenDelta]", self._target.remote(request_id, *arguments))
         finished = False
         try:
             async for delta in response:
@@ -85,6 +88,22 @@ class ReplicaBackend:
         finally:
             if not finished:
                 response.cancel()
+
+
+class DiffusionReplicas(ReplicaBackend):
+    """The replicas of a diffusion LM. What was sent goes along as the response's beginning, so that blocks stay where
+    they were; with one seed for all attempts, sampled text too is that of an unbroken run."""
+
+    def generate(
+        self, request_id: str, prompt_ids: list[int], options: SamplingOptions
+    ) -> AsyncGenerator[TokenDelta, None]:
+        """See `Backend.generate`."""
+        if options.seed is None:
+            options = replace(options, seed=secrets.randbits(63))
+        return super().generate(request_id, prompt_ids, options)
+
+    def _arguments(self, prompt_ids: list[int], options: SamplingOptions, sent: list[int]) -> tuple[Any, ...]:
+        return prompt_ids, options, tuple(sent)
 
 
 def can_resume(options: SamplingOptions, num_sent: int) -> bool:

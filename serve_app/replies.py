@@ -37,6 +37,10 @@ class Metrics(_Reply):
     tokens_per_second: float
     mean_acceptance_length: float | None
     """Tokens emitted per target forward, bonus included; null where the backend does not count forwards."""
+    tokens_per_forward: float | None
+    """Tokens emitted per forward of whatever model answered; null like the one before."""
+    num_forwards: int | None
+    """Forwards spent on the request."""
 
 
 class TopLogprob(_Reply):

@@ -37,6 +37,7 @@ def sampling_options(body: GenerationRequest, *, max_tokens: int, logprobs: int 
         frequency_penalty=body.frequency_penalty or 0.0,
         logprobs=logprobs,
         json_schema=_json_schema(body),
+        decoder=body.decoder,
     )
 
 

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -20,6 +20,9 @@ from serve_app.replies import ChatCompletion, Metrics, TextCompletion, Usage
 from serve_app.streaming import EventStream, until_disconnect
 from serve_app.telemetry import Telemetry
 from serve_app.tokenizer import ChatTokenizer
+
+if TYPE_CHECKING:
+    from serve_app.diffusion_rules import DiffusionRules
 
 Reply = ChatCompletion | TextCompletion
 
@@ -57,11 +60,35 @@ class Service:
     telemetry: Telemetry
     deadline_s: float
     write_timeout_s: float = 30.0
+    diffusion: DiffusionRules | None = None
+    """What may be asked of a diffusion LM; None for an autoregressive model."""
+    beside: tuple[Service, ...] = ()
+    """The other models of the application."""
 
-    def check_model(self, name: str | None) -> None:
-        """Refuse a request for another model; a request without a name takes the one served. Raises ApiError."""
-        if name is not None and name != self.model:
-            raise errors.unknown_model(self.model)
+    @property
+    def role(self) -> str:
+        """The role of the replicas that answer."""
+        return "target" if self.diffusion is None else "diffusion"
+
+    @property
+    def all(self) -> tuple[Service, ...]:
+        """Every model of the application, this one first."""
+        return (self, *self.beside)
+
+    def of(self, name: str | None) -> Service:
+        """The service of a model; a request without a name takes this one. Raises ApiError."""
+        for service in self.all:
+            if name in (None, service.model):
+                return service
+        raise errors.unknown_model("', '".join(service.model for service in self.all))
+
+    def checked(self, body: GenerationRequest, specs: list[ChoiceSpec], prompt_param: str) -> list[ChoiceSpec]:
+        """The choices as the model can generate them. Raises ApiError for what only another kind of model could do."""
+        if self.diffusion is not None:
+            return self.diffusion.apply(body, specs, prompt_param)
+        if body.decoder is not None:
+            raise errors.invalid("the served model is not a diffusion LM; leave this option out", "decoder")
+        return specs
 
     async def answer(
         self, request: Request, body: GenerationRequest, specs: Sequence[ChoiceSpec], form: Format
@@ -75,6 +102,7 @@ class Service:
             admission=self.admission,
             decode=self.tokenizer.decode,
             deadline_s=self.deadline_s,
+            api_key=getattr(request.state, "api_key", ""),
         )
         answer = _Answer(self, body, specs, form, generation)
         streaming = False
@@ -177,15 +205,18 @@ class _Answer:
         telemetry.total_time.observe(total)
         if not self._body.return_metrics:
             return usage, None
+        forwards = self._num_forwards()
+        per_forward = completion_tokens / forwards if forwards else None
         return usage, Metrics(
             queue_time_ms=queued * 1e3,
             time_to_first_token_ms=to_first * 1e3,
             total_time_ms=total * 1e3,
             tokens_per_second=completion_tokens / total,
-            mean_acceptance_length=self._acceptance_length(completion_tokens),
+            mean_acceptance_length=None if self._service.diffusion else per_forward,
+            tokens_per_forward=per_forward,
+            num_forwards=forwards,
         )
 
-    def _acceptance_length(self, completion_tokens: int) -> float | None:
+    def _num_forwards(self) -> int | None:
         forwards = [choice.num_forwards for choice in self._choices]
-        counted = sum(number for number in forwards if number is not None)
-        return None if None in forwards or not counted else completion_tokens / counted
+        return None if None in forwards else sum(number for number in forwards if number is not None)

@@ -6,7 +6,6 @@ import asyncio
 import multiprocessing
 import os
 import shutil
-import tempfile
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -18,8 +17,10 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.backend import BackendUnavailableError, ReplicaReport
 from serve_app.directory import DraftEndpoint, LinkState, keep_telling
+from serve_app.link_folder import create_link_folder
 from serve_app.replica_log import join_replica_log
 from serve_app.replica_stats import target_metrics
+from serve_app.scaling import Rate
 from serve_app.settings import AppConfig
 from unmask.errors import ConfigError
 from unmask.types import SamplingOptions, TokenDelta
@@ -44,6 +45,7 @@ class Target:
         self._directory = directory
         self._secret: str = await directory.agree_on_secret.remote(None)
         self._link: _Link | None = None
+        self._token_rate = Rate()
         if config.serve.draft is not None:
             self._link = await asyncio.to_thread(_Link.create, config, self._secret)
         self._engine = _engine(config, self._link)
@@ -71,6 +73,10 @@ class Target:
                     yield delta
         except EngineDiedError as error:
             raise BackendUnavailableError(str(error)) from None
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve: the tokens generated each second since the last call."""
+        return {"tokens_per_second": self._token_rate.of(self._engine.stats().num_generated_tokens)}
 
     async def check_health(self) -> None:
         """Called by Serve; a replica that raises is replaced."""
@@ -112,6 +118,7 @@ class _Link:
     target_digest: str
     timeout_ms: float
     retry_s: float
+    adaptive_k: bool
 
     @classmethod
     def create(cls, config: AppConfig, secret: str) -> _Link:
@@ -123,7 +130,7 @@ class _Link:
 
         record = describe_target(resolve_target(config.target.model, config.target.revision))
         draft = check_pairing(config.serve.draft or "", record)
-        folder = Path(tempfile.mkdtemp(prefix="unmask-link-"))
+        folder = create_link_folder()
         secret_file = folder / "secret"
         secret_file.touch(mode=0o600)
         secret_file.write_text(secret)
@@ -138,6 +145,7 @@ class _Link:
             target_digest=record_digest(record).hex(),
             timeout_ms=config.serve.draft_timeout_ms,
             retry_s=config.serve.draft_retry_s,
+            adaptive_k=config.serve.adaptive_k,
         )
         link.point_to(None)
         return link
@@ -154,6 +162,7 @@ class _Link:
                 secret_file=str(self.folder / "secret"),
                 timeout_ms=self.timeout_ms,
                 retry_s=self.retry_s,
+                adaptive_k=self.adaptive_k,
                 status_file=str(self.folder / "status"),
                 target_digest=self.target_digest,
             ),

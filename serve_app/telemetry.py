@@ -7,7 +7,8 @@ link's), which are shown with a `replica` label.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
@@ -24,7 +25,7 @@ _NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
 class Telemetry:
     """The ingress's own metrics. No label ever holds anything that a client wrote."""
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, *admissions: Admission) -> None:
         registry = CollectorRegistry()
         self._registry = registry
         self.responses = Counter(
@@ -41,14 +42,22 @@ class Telemetry:
         self.first_token_time = self._histogram("unmask_time_to_first_token_seconds", "Arrival to first token.")
         self.total_time = self._histogram("unmask_request_duration_seconds", "Arrival to last token.")
         running = Gauge("unmask_requests_running", "Choices being generated.", registry=registry)
-        running.set_function(lambda: admission.running)
+        running.set_function(lambda: sum(admission.running for admission in admissions))
         waiting = Gauge("unmask_requests_waiting", "Choices waiting for a slot.", registry=registry)
-        waiting.set_function(lambda: admission.waiting)
+        waiting.set_function(lambda: sum(admission.waiting for admission in admissions))
 
-    def exposition(self, reports: Sequence[ReplicaReport], model: str) -> bytes:
-        """All metrics as text, with what the replicas reported."""
+    def exposition(
+        self, reports: Sequence[ReplicaReport], model: str, names: Mapping[str, str] = MappingProxyType({})
+    ) -> bytes:
+        """All metrics as text, with what the replicas reported.
+
+        Args:
+            reports: of the replicas.
+            model: the name of the model that they serve.
+            names: of the models that replicas of other roles serve, by role.
+        """
         replicas = CollectorRegistry()
-        replicas.register(_ReplicaCollector(reports, model))
+        replicas.register(_ReplicaCollector(reports, model, names))
         return generate_latest(self._registry) + generate_latest(replicas)
 
     def _histogram(self, name: str, help_text: str) -> Histogram:
@@ -58,15 +67,16 @@ class Telemetry:
 class _ReplicaCollector:
     """Replica reports as metric families: `..._total` names become counters, others gauges, lists go by position."""
 
-    def __init__(self, reports: Sequence[ReplicaReport], model: str) -> None:
+    def __init__(self, reports: Sequence[ReplicaReport], model: str, names: Mapping[str, str]) -> None:
         self._reports = reports
         self._model = model
+        self._names = names
 
     def collect(self) -> Iterable[Metric]:
         """One family for each reported name, and the number of live replicas."""
         families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
         alive = GaugeMetricFamily("unmask_replicas", "Live replicas.", labels=["role"])
-        for role in ("target", "draft"):
+        for role in ("target", "draft", "diffusion"):
             alive.add_metric([role], sum(report.role == role for report in self._reports))
         for report in self._reports:
             for name, value in report.stats.items():
@@ -86,7 +96,7 @@ class _ReplicaCollector:
             kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
             labels = ["model_name", "replica", *(["position"] if by_position else [])]
             families[name] = kind(name, f"Reported by the {report.role} replicas.", labels=labels)
-        labels = [self._model, report.replica]
+        labels = [self._names.get(report.role, self._model), report.replica]
         if by_position:
             for position, entry in enumerate(value):
                 families[name].add_metric([*labels, str(position)], float(entry))

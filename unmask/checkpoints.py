@@ -1,6 +1,6 @@
-"""DFlash checkpoints on disk: z-lab's layout, safetensors only, written atomically.
+"""DFlash checkpoints on disk: z-lab's or speculators' layout, safetensors only, written atomically.
 
-A draft saved here loads unchanged in vLLM's `dflash` method, and a published z-lab draft loads here. Beside
+A draft saved here loads unchanged in vLLM's `dflash` method, and a published draft of either kind loads here. Beside
 the loader's keys, `config.json` holds the record of the target that the draft was trained for.
 """
 
@@ -10,21 +10,27 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from unmask.errors import CheckpointError, PairingError
 from unmask.files import atomic_directory
 from unmask.models.dflash import DFlashConfig, DFlashDraft
+from unmask.objectives.confidence import ConfidenceHead
+from unmask.speculators_format import from_speculators, is_speculators, to_speculators
+from unmask.tensor_files import save_tensors
 from unmask.types import TargetRecord
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CONFIDENCE = "confidence/head.safetensors"
 RECORD = "unmask_target"
+TRAINED_ON = "trained_layer_ids"
+"""Key of the record that repeats the layer ids: a draft read with others would be served the wrong features."""
 
 
 def config_to_json(config: DFlashConfig, target: TargetRecord | None) -> dict[str, Any]:
@@ -51,12 +57,19 @@ def config_to_json(config: DFlashConfig, target: TargetRecord | None) -> dict[st
         },
     }
     if target is not None:
-        tree[RECORD] = dataclasses.asdict(target)
+        tree[RECORD] = dataclasses.asdict(target) | {TRAINED_ON: list(config.target_layer_ids)}
     return tree
 
 
 def config_from_json(tree: dict[str, Any]) -> tuple[DFlashConfig, TargetRecord | None]:
-    """Read a draft's `config.json`. Raises CheckpointError naming the missing or unsupported key."""
+    """Read a draft's `config.json`, z-lab's or speculators'.
+
+    Raises:
+        CheckpointError: a missing or unsupported key (named).
+        PairingError: layer ids other than those trained on.
+    """
+    if is_speculators(tree):
+        tree = from_speculators(tree, record_key=RECORD)
     dflash = tree.get("dflash_config") or {}
     if "sliding_attention" in (tree.get("layer_types") or []):
         raise CheckpointError("sliding-window draft layers are not supported", field="layer_types")
@@ -77,8 +90,16 @@ def config_from_json(tree: dict[str, Any]) -> tuple[DFlashConfig, TargetRecord |
     missing = sorted(n for n in names - {"rms_norm_eps"} if merged.get(n) is None)
     if missing:
         raise CheckpointError("missing from the draft's config.json", field=missing[0])
-    record = tree.get(RECORD)
-    return DFlashConfig(**{n: merged[n] for n in names if n in merged}), TargetRecord(**record) if record else None
+    config = DFlashConfig(**{n: merged[n] for n in names if n in merged})
+    record = dict(tree.get(RECORD) or {})
+    trained_on = tuple(record.pop(TRAINED_ON, config.target_layer_ids))
+    if trained_on != config.target_layer_ids:
+        raise PairingError(
+            f"the draft was trained on the target's layers {list(trained_on)}, its config.json asks for "
+            f"{list(config.target_layer_ids)}; restore them",
+            field="dflash_config.target_layer_ids",
+        )
+    return config, TargetRecord(**record) if record else None
 
 
 def save_draft(
@@ -88,17 +109,28 @@ def save_draft(
     *,
     dtype: torch.dtype = torch.bfloat16,
     texts: Mapping[str, str] | None = None,
+    form: Literal["zlab", "speculators"] = "zlab",
+    confidence: ConfidenceHead | None = None,
 ) -> None:
     """Write a draft directory atomically; an existing one is replaced.
 
     Args:
         target: the record of the target that it was trained for.
         texts: more text files by name, such as the model card.
+        form: whose layout `config.json` has; the weights are the same.
+        confidence: its confidence head, kept in a folder of its own, where no loader of drafts looks for weights.
     """
+    config = config_to_json(draft.config, target)
+    if form == "speculators":
+        config = to_speculators(config, record_key=RECORD)
     with atomic_directory(path) as partial:
         weights = {name: t.detach().to("cpu", dtype).contiguous() for name, t in draft.state_dict().items()}
-        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
-        (partial / "config.json").write_text(json.dumps(config_to_json(draft.config, target), indent=2) + "\n")
+        save_tensors(weights, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if confidence is not None:
+            (partial / CONFIDENCE).parent.mkdir()
+            head = {name: t.detach().float().cpu().contiguous() for name, t in confidence.state_dict().items()}
+            save_tensors(head, partial / CONFIDENCE)
         for name, text in (texts or {}).items():
             (partial / name).write_text(text)
 
@@ -122,6 +154,20 @@ def load_draft(path: str | Path, dtype: torch.dtype = torch.float32) -> DFlashDr
         raise CheckpointError(f"'{path}' holds tensors that are not a DFlash draft's: {', '.join(unknown[:3])}")
     draft.load_state_dict(weights)
     return draft.to(dtype).eval().requires_grad_(False)
+
+
+def load_confidence(path: str | Path) -> ConfidenceHead | None:
+    """The confidence head of a draft directory; None if it has none. Raises CheckpointError if it is damaged."""
+    file = Path(path) / CONFIDENCE
+    if not file.is_file():
+        return None
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"'{file}' is damaged: {error}") from None
+    head = ConfidenceHead(len(tensors["weight"]), len(tensors["bias"]))
+    head.load_state_dict(tensors)
+    return head.eval().requires_grad_(False)
 
 
 def read_config(path: str | Path) -> tuple[DFlashConfig, TargetRecord | None]:

@@ -1,8 +1,8 @@
-"""The model card of a published draft: what it is for, how it was measured, how to serve it."""
+"""The model cards of published drafts and diffusion LMs: what they are for, how they were measured, how to use them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -35,6 +35,29 @@ n-gram column fills the same number of drafts from the prompt, else from n-grams
 It is refused beside any other target than this one:
 
 {record}
+"""
+
+_DIFFUSION_CARD = """---
+{front}---
+
+# {name}
+
+A masked-diffusion language model, distilled from its own verified responses ({made_by}). Its source is
+`{source}`, revision `{revision}`.
+
+## Evaluation
+
+{table}
+
+Greedy decoding of held-out prompts. Accuracy is given with its 95 % Wilson interval; tokens per forward (TPF) leave
+the padding after the end of a response out.
+
+## Use
+
+    from unmask.models import families
+    network = families.load("DIRECTORY")
+
+Decoders are in `unmask.decoding`. `run.yaml` and `provenance.json` say how the checkpoint was made.
 """
 
 
@@ -78,5 +101,43 @@ def _table(sets: Mapping[str, Mapping[str, Any]]) -> str:
         lines.append(
             f"| {name} | {s['acceptance_length']:.2f} | {low:.2f} to {high:.2f} "
             f"| {s['acceptance_length_ngram']:.2f} | {s['identical']}/{s['prompts']} |"
+        )
+    return "\n".join(lines)
+
+
+def diffusion_card(
+    name: str, base: str, license_name: str, lineage: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> str:
+    """Markdown with the front matter that hubs read.
+
+    Args:
+        lineage: of the checkpoint (`unmask.diffusion_checkpoints`).
+        rows: of an evaluation; empty if the checkpoint was not evaluated.
+    """
+    front = {
+        "base_model": base,
+        "license": license_name,
+        "library_name": "unmask",
+        "tags": ["diffusion-language-model", lineage["made_by"]],
+    }
+    return _DIFFUSION_CARD.format(
+        front=yaml.safe_dump(front, sort_keys=False),
+        name=name,
+        made_by=lineage["made_by"],
+        source=lineage["source"],
+        revision=lineage["source_record"]["revision"],
+        table=_diffusion_table(rows),
+    )
+
+
+def _diffusion_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return "Not evaluated."
+    lines = ["| prompts | checkpoint | decoder | accuracy, % | forwards | TPF |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        low, high = row["ci95"]
+        lines.append(
+            f"| {row['set']} ({row['n']}) | {row['checkpoint']} | {row['decoder']['name']} "
+            f"| {row['accuracy']:.1f} ({low:.1f} to {high:.1f}) | {row['nfe']:.1f} | {row['tpf']:.2f} |"
         )
     return "\n".join(lines)

@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unmask.config import PromptsConfig
+from unmask.copying import Split as CopyingSplit
+from unmask.copying import copying_rows
 from unmask.demo_prompts import Split as DemoSplit
 from unmask.demo_prompts import demo_rows
 from unmask.errors import UserError, nearest
@@ -30,6 +32,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _PEEKED_ROWS = 20
 _BUILT_IN: dict[str, tuple[tuple[str, ...], Callable[[Any], Iterable[dict[str, Any]]]]] = {
     "demo": (get_args(DemoSplit), demo_rows),
+    "copying": (get_args(CopyingSplit), lambda split: itertools.islice(copying_rows(split), 50_000)),
     "word_problems": (get_args(ProblemSplit), lambda split: itertools.islice(word_problem_rows(split), 50_000)),
 }
 """The project's own sources: splits, and rows by split."""

@@ -38,6 +38,7 @@ class PromptBuilder:
         self._max_prompt_len = max_prompt_len
         self._control = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self._control[mask_token_id] = tokenizer.convert_ids_to_tokens(mask_token_id)
+        self._marks = _marks(tokenizer, self._control)
 
     def build(self, row: PromptRow) -> Prompt:
         """The prompt of a row.
@@ -70,7 +71,7 @@ class PromptBuilder:
                 f"must be text or a list of chat messages, not {type(value).__name__}", field=self._config.field
             )
         for message in messages:
-            self._check_text(message["content"])
+            self.check_text(message["content"])
         return messages
 
     def _message(self, item: Any) -> dict[str, str]:
@@ -80,7 +81,7 @@ class PromptBuilder:
             )
         return {"role": item["role"], "content": item["content"]}
 
-    def _check_text(self, text: str) -> None:
+    def check_text(self, text: str) -> None:
         """Refuse text that the tokenizer would turn into control tokens: it could forge turns of the chat."""
         if not text.strip():
             raise PromptError("must not be empty", field=self._config.field)
@@ -88,6 +89,8 @@ class PromptBuilder:
             text.encode()
         except UnicodeEncodeError:
             raise PromptError("is not valid Unicode text (lone surrogate)", field=self._config.field) from None
+        if self._marks is not None and not any(mark in text for mark in self._marks):
+            return
         for token_id in self._tokenizer(text, add_special_tokens=False)["input_ids"]:
             if token_id in self._control:
                 raise PromptError(
@@ -102,9 +105,22 @@ class PromptBuilder:
         from jinja2 import TemplateError
 
         try:
-            return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except TemplateError as error:
             raise PromptError(f"the chat template refuses the messages: {error}", field=self._config.field) from None
+        # The wrapper around the tokenizer takes as long as the tokenizer, and would only repeat what is known here.
+        return self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _marks(tokenizer: Any, control: dict[int, str]) -> set[str] | None:
+    """First characters of the control tokens: text without any of them needs no tokenising to be found harmless.
+
+    None if a control token may stand for text that looks otherwise: a piece of the vocabulary, or a normalised token.
+    """
+    added = tokenizer.added_tokens_decoder
+    if any(token_id not in added or added[token_id].normalized for token_id in control):
+        return None
+    return {content[0] for content in control.values()}
 
 
 def stream_prompts(config: PromptsConfig, builder: PromptBuilder) -> Iterator[Prompt | RejectedPrompt]:

@@ -42,7 +42,7 @@ def check_same_run(directory: Path, tree: dict[str, Any], *, ignore: frozenset[s
     Args:
         directory: holds the `run.yaml` of the run so far; without one there is nothing to refuse.
         tree: the recipe now, as nested values.
-        ignore: dotted fields that may differ, because no result depends on them.
+        ignore: dotted fields that may differ, with all that they hold, because no result depends on them.
 
     Raises:
         ConfigError: naming the first field that differs.
@@ -51,8 +51,9 @@ def check_same_run(directory: Path, tree: dict[str, Any], *, ignore: frozenset[s
     if not path.is_file():
         return
     before, now = _flatten(yaml.safe_load(path.read_text())), _flatten(tree)
-    for name in sorted((before.keys() | now.keys()) - ignore):
-        if before.get(name) != now.get(name):
+    for name in sorted(before.keys() | now.keys()):
+        may_differ = any(f"{name}.".startswith(f"{field}.") for field in ignore)
+        if before.get(name) != now.get(name) and not may_differ:
             raise ConfigError(
                 f"is {now.get(name)!r}, but '{directory}' was started with {before.get(name)!r}; "
                 "set it back, use another run_dir, or pass --fresh to start over",

@@ -8,15 +8,19 @@ import re
 from pathlib import Path
 from typing import Any
 
-from unmask.config import EMBEDDED_TARGET
+from unmask.config import EMBEDDED_TARGET, TOY_TARGET
 from unmask.embedded_target import embedded_target
 from unmask.errors import CheckpointError, nearest
 from unmask.files import sha256_file
+from unmask.toy_target import toy_target
 from unmask.types import TargetRecord
 
+_EMBEDDED = {EMBEDDED_TARGET: embedded_target, TOY_TARGET: toy_target}
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 _UNSAFE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 _SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})$")
+_OWN_TYPES = ("llada", "Dream")
+"""Published with code of their own, which `unmask.models` replaces."""
 _RESERVED = re.compile(r"reserved|unused|placeholder", re.IGNORECASE)
 
 
@@ -24,16 +28,16 @@ def resolve_target(model: str, revision: str | None = None) -> Path:
     """Local HF directory of a target, with safetensors weights and no code of its own.
 
     Args:
-        model: `embedded:smollm2-135m-instruct`, a local directory, or a hub id.
+        model: `embedded:smollm2-135m-instruct`, `embedded:toy`, a local directory, or a hub id.
         revision: commit hash, tag or branch of a hub id.
 
     Raises:
         CheckpointError: unknown name, damaged or unsafe directory, or a hub id that cannot be fetched.
     """
     if model.startswith("embedded:"):
-        if model != EMBEDDED_TARGET:
-            raise CheckpointError(f"unknown model{nearest(model, [EMBEDDED_TARGET])}", field="target.model")
-        return embedded_target()
+        if model not in _EMBEDDED:
+            raise CheckpointError(f"unknown model{nearest(model, _EMBEDDED)}", field="target.model")
+        return _EMBEDDED[model]()
     path = Path(model).expanduser()
     if not path.is_dir():
         if path.exists() or model.startswith((".", "/", "~")):
@@ -58,7 +62,7 @@ def validate_directory(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"'{path}' holds no tokenizer.json; save the model's fast tokenizer there", field="target.model"
         )
-    if "auto_map" in config and not _known_to_transformers(config.get("model_type")):
+    if "auto_map" in config and not _readable_without_it(config.get("model_type")):
         raise CheckpointError(
             f"'{path}' needs code from its repository, which is never run; "
             f"use a model type that transformers knows, not '{config.get('model_type')}'",
@@ -74,15 +78,16 @@ def describe_target(path: Path) -> TargetRecord:
         CheckpointError: the directory is not a valid target.
     """
     config = validate_directory(path)
+    # LLaDA has names of its own for them.
     sizes = config.get("text_config", config)
     try:
         return TargetRecord(
             revision=_revision(path),
             tokenizer_hash=_short(sha256_file(path / "tokenizer.json")),
             chat_template_hash=_short(hashlib.sha256(_chat_template(path).encode()).hexdigest()),
-            vocab_size=sizes["vocab_size"],
-            hidden_size=sizes["hidden_size"],
-            num_layers=sizes["num_hidden_layers"],
+            vocab_size=sizes.get("embedding_size") or sizes["vocab_size"],
+            hidden_size=sizes.get("d_model") or sizes["hidden_size"],
+            num_layers=sizes.get("n_layers") or sizes["num_hidden_layers"],
         )
     except KeyError as error:
         raise CheckpointError(f"'{path / 'config.json'}' lacks {error}", field="target.model") from None
@@ -138,7 +143,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _known_to_transformers(model_type: Any) -> bool:
+def _readable_without_it(model_type: Any) -> bool:
+    if model_type in _OWN_TYPES:
+        return True
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     return model_type in CONFIG_MAPPING_NAMES

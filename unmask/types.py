@@ -76,6 +76,8 @@ class SamplingOptions:
     """Report this many top log-probabilities a token; None reports none."""
     json_schema: str | None = None
     """A JSON schema (as JSON text) that the response must follow, where the backend can enforce it."""
+    decoder: dict[str, Any] | None = None
+    """How a diffusion LM decodes this request; None leaves it to the service."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,3 +105,5 @@ class ProposalRow:
     start: int
     num_features: int
     last_token: int
+    page_hashes: tuple[int, ...] = ()
+    """Of the last full pages before the anchor (`unmask.pairing.page_hashes`); empty without prefix caching."""

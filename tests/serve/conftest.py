@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -17,6 +18,22 @@ K = 5
 @pytest.fixture(scope="session")
 def draft_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random draft of the embedded target: nearly nothing that it proposes is accepted."""
+    return _draft(tmp_path_factory.mktemp("d") / "draft", seed=0)
+
+
+@pytest.fixture(scope="session")
+def another_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another draft of the same target."""
+    return _draft(tmp_path_factory.mktemp("d") / "another", seed=1)
+
+
+@pytest.fixture(scope="session")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A draft of another target."""
+    return _draft(tmp_path_factory.mktemp("d") / "stranger", seed=2, revision="sha256:of-another-target")
+
+
+def _draft(path: Path, seed: int, **changes: str) -> Path:
     from unmask.checkpoints import save_draft
     from unmask.config import EMBEDDED_TARGET
     from unmask.models.dflash import DFlashConfig, DFlashDraft, spread_layer_ids
@@ -38,9 +55,8 @@ def draft_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
     )
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("d") / "draft"
-    save_draft(DFlashDraft(config), path, describe_target(resolve_target(EMBEDDED_TARGET)))
+    torch.manual_seed(seed)
+    save_draft(DFlashDraft(config), path, replace(describe_target(resolve_target(EMBEDDED_TARGET)), **changes))
     return path
 
 

@@ -10,15 +10,17 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from actors.cluster import FaultError
 from tests.serve.conftest import K
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 BODY = {
     "messages": [{"role": "user", "content": "Write one sentence about the sea."}],
@@ -179,6 +181,39 @@ def test_overload_is_a_429_and_what_was_admitted_is_served(client: httpx.Client)
         if response.status_code == 429:
             assert response.headers["retry-after"]
             assert response.json()["error"]["code"] == "rate_limit_exceeded"
+
+
+def test_a_swapped_draft_goes_live_under_load(
+    client: httpx.Client, service, reference: dict[str, Any], another_draft: Path, stranger: Path
+):
+    wait_for_speculation(client)
+    before = metric(client, "unmask_draft_version")
+    pids = service.target_pids(), service.draft_pids()
+    stop = threading.Event()
+
+    def keep_asking() -> int:
+        count = 0
+        while not stop.is_set():
+            assert streamed(client) == (text_of(reference), reference["usage"])
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(3) as pool:
+        askers = [pool.submit(keep_asking) for _ in range(3)]
+        try:
+            service.swap_draft(another_draft)
+            wait_until(
+                lambda: metric(client, "unmask_link_draft_version") == metric(client, "unmask_draft_version"), 30
+            )
+            with pytest.raises(FaultError, match="refused"):
+                service.swap_draft(stranger)
+        finally:
+            stop.set()
+        assert sum(asker.result() for asker in askers) >= 3
+    assert metric(client, "unmask_draft_version") not in (0, before)
+    assert metric(client, "unmask_draft_swaps_total") == 1
+    assert (service.target_pids(), service.draft_pids()) == pids
+    wait_for_speculation(client)
 
 
 def test_a_killed_draft_costs_no_token(client: httpx.Client, service, reference: dict[str, Any]):

@@ -136,6 +136,14 @@ def test_bad_rows_are_refused_with_the_reason(builder: PromptBuilder, values: di
     assert message in str(error.value)
 
 
+def test_a_mask_token_that_is_a_piece_of_the_vocabulary_is_refused_too(tokenizer) -> None:
+    pen = tokenizer.convert_tokens_to_ids("\u0120pen")
+    builder = PromptBuilder(tokenizer, PromptsConfig(), max_prompt_len=200, mask_token_id=pen)
+    with pytest.raises(PromptError, match="control token '\u0120pen'"):
+        builder.build(PromptRow(index=0, values={"prompt": "my pen"}))
+    assert builder.build(PromptRow(index=0, values={"prompt": "my book"})).ids
+
+
 def test_template_errors_are_the_rows_fault() -> None:
     strict = AutoTokenizer.from_pretrained(resolve_target(EMBEDDED_TARGET))
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"

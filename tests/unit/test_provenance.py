@@ -29,6 +29,14 @@ def test_first_difference_is_named(tmp_path: Path) -> None:
         check_same_run(tmp_path, other, ignore=frozenset({"generate.max_actors", "generate.seed"}))
 
 
+def test_a_field_that_may_differ_may_with_all_that_it_holds(tmp_path: Path) -> None:
+    write_run(tmp_path, {"generate": {"labels": {"role": "a"}, "labels_of": 1}})
+    may_differ = frozenset({"generate.labels"})
+    check_same_run(tmp_path, {"generate": {"labels": {"zone": "b"}, "labels_of": 1}}, ignore=may_differ)
+    with pytest.raises(ConfigError, match=r"^generate\.labels_of"):
+        check_same_run(tmp_path, {"generate": {"labels": {}, "labels_of": 2}}, ignore=may_differ)
+
+
 def test_a_new_directory_has_nothing_to_refuse(tmp_path: Path) -> None:
     check_same_run(tmp_path / "new", to_tree(Recipe()))
 

@@ -85,4 +85,4 @@ def test_a_failed_step_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(EngineDiedError, match="illegal memory access") as error:
             future.result(timeout=5)
         assert isinstance(error.value.__cause__, RuntimeError)
-    engine._engine.engine_core.shutdown()
+    engine._engine.shutdown()

@@ -218,7 +218,7 @@ async def test_a_stopped_engine_ends_its_requests(pairing: TargetEngine, prompts
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-@pytest.mark.parametrize("option", [{"enable_prefix_caching": True}, {"async_scheduling": True}])
+@pytest.mark.parametrize("option", [{"speculative_config": {}}, {"async_scheduling": True}])
 def test_options_against_the_draft_are_refused(option: dict, tmp_path: Path) -> None:
     draft = RemoteDraftOptions(link_file=tmp_path / "l", layer_ids=LAYER_IDS, num_speculative_tokens=K)
     config = replace(CONFIG, engine=option)

@@ -13,11 +13,12 @@ from unmask.config.prompts import PromptsConfig
 from unmask.config.publish import PublishConfig
 from unmask.config.recipe import Recipe
 from unmask.config.serve import ServeConfig
-from unmask.config.target import EMBEDDED_TARGET, TargetConfig
+from unmask.config.target import EMBEDDED_TARGET, TOY_TARGET, TargetConfig
 from unmask.config.training import TrainingConfig
 
 __all__ = [
     "EMBEDDED_TARGET",
+    "TOY_TARGET",
     "AdaptConfig",
     "DistillConfig",
     "DraftConfig",

@@ -1,8 +1,14 @@
-"""The one check that every configuration makes."""
+"""The checks that configurations make."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 from unmask.errors import ConfigError
+
+_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
+_LABEL_KEY = re.compile(rf"([a-z0-9.-]{{1,253}}/)?{_LABEL.pattern}")
 
 
 def require(condition: bool, field_name: str, message: str) -> None:
@@ -13,3 +19,13 @@ def require(condition: bool, field_name: str, message: str) -> None:
     """
     if not condition:
         raise ConfigError(message, field=field_name)
+
+
+def require_labels(labels: Mapping[str, str], field_name: str) -> None:
+    """Refuse node labels that no node could carry. Raises ConfigError."""
+    for name, value in labels.items():
+        require(
+            bool(_LABEL_KEY.fullmatch(name) and _LABEL.fullmatch(value)),
+            field_name,
+            f"'{name}: {value}' is no node label: letters, digits, '-', '_' and '.', at most 63",
+        )

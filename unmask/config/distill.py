@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from unmask.config.checks import require
+from unmask.config.checks import require, require_labels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +21,8 @@ class DraftConfig:
     """None picks the first unused special id of the tokenizer."""
     init: Literal["target", "random"] = "target"
     """`target` starts each block from a target block and `fc` from the last feature."""
+    go_on_from: str | None = None
+    """A draft of this shape for this target whose weights training starts from, in place of `init`."""
 
     def __post_init__(self) -> None:
         require(self.num_layers >= 1, "draft.num_layers", "must be at least 1")
@@ -38,11 +40,28 @@ class DistillConfig:
     sequences_per_step: int = 2
     """Per worker."""
     anchors_per_sequence: int = 16
+    tokens_per_step: int | None = None
+    """Per worker: pack sequences into one row of this many tokens, attended block-sparsely (on GPUs); None pads
+    `sequences_per_step` sequences."""
+    anchors_per_step: int = 1024
+    """Anchors of a packed row."""
+    loss: Literal["ce", "kl", "tv", "lk_hybrid"] = "ce"
+    """Of a row: cross-entropy with the target's token, or a distance to its distribution."""
+    weighting: Literal["decay", "d_pace", "first_miss"] = "decay"
+    """How rows of a block are weighed: fixed decay, D-PACE, or up to the first wrong row."""
     decay_gamma: float | None = None
     """Position decay; None takes 7 / 5 / 4 for B = 16 / 10 / 8 and B / 2 otherwise."""
     beta: float = 0.0
     """Weight of the certainty-forcing term; 0 switches it off."""
+    gate: Literal["right", "prefix_right", "target_relative"] = "right"
+    """Rows that are forced: right ones, right ones behind right ones, or right ones by the probability that they are
+    reached and never below the target's own entropy."""
+    certainty_start: float = 0.0
+    """Share of the budget before which beta is 0; it then rises linearly over `certainty_ramp`."""
+    certainty_ramp: float = 0.0
     entropy_temperature: float = 0.5
+    confidence_weight: float = 0.0
+    """Weight of the confidence head's loss (it never reaches the draft); 0 trains none."""
     learning_rate: float = 1.5e-3
     schedule: Literal["constant_then_linear", "cosine"] = "constant_then_linear"
     warmup_fraction: float = 0.0
@@ -58,9 +77,15 @@ class DistillConfig:
     num_workers: int = 1
     cpus_per_worker: float = 1.0
     use_gpu: bool = False
+    labels: dict[str, str] = field(default_factory=dict)
+    """Workers run on nodes with these labels only."""
     threads_per_worker: int | None = None
+    compile: bool = False
+    """Compile the draft's layers and the loss with torch.compile (GPUs)."""
     feature_cache_gb: float = 4.0
     """Target features are kept in memory up to this size and recomputed beyond it."""
+    feature_cache_device: Literal["cpu", "training"] = "cpu"
+    """Where they are kept: host memory, or the memory of the training device."""
     checkpoint_every_s: float = 60.0
     log_every_steps: int = 50
     max_failures: int = 2
@@ -76,10 +101,23 @@ class DistillConfig:
         require(self.max_seconds is None or self.max_seconds > 0, "distill.max_seconds", "must be positive")
         for name in ("sequences_per_step", "anchors_per_sequence", "num_workers", "log_every_steps"):
             require(getattr(self, name) >= 1, f"distill.{name}", "must be at least 1")
-        for name in ("beta", "weight_decay", "feature_cache_gb", "max_failures"):
+        require(
+            self.tokens_per_step is None or (self.tokens_per_step > 0 and self.tokens_per_step % 128 == 0),
+            "distill.tokens_per_step",
+            "must be a positive multiple of 128",
+        )
+        require(
+            self.anchors_per_step > 0 and self.anchors_per_step % 128 == 0,
+            "distill.anchors_per_step",
+            "must be a positive multiple of 128",
+        )
+        for name in ("certainty_start", "certainty_ramp"):
+            require(0 <= getattr(self, name) <= 1, f"distill.{name}", "must be in [0, 1]")
+        for name in ("beta", "weight_decay", "feature_cache_gb", "max_failures", "confidence_weight"):
             require(getattr(self, name) >= 0, f"distill.{name}", "must not be negative")
         for name in ("entropy_temperature", "learning_rate", "grad_clip", "checkpoint_every_s", "cpus_per_worker"):
             require(getattr(self, name) > 0, f"distill.{name}", "must be positive")
+        require_labels(self.labels, "distill.labels")
         require(0 <= self.ema < 1, "distill.ema", "must be in [0, 1)")
         require(0 <= self.warmup_fraction < 1, "distill.warmup_fraction", "must be in [0, 1)")
         require(0 <= self.decay_fraction <= 1, "distill.decay_fraction", "must be in [0, 1]")

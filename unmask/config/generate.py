@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from unmask.config.checks import require
+from unmask.config.checks import require, require_labels
+from unmask.errors import nearest
+
+DECODERS = ("one_token", "threshold", "dparallel", "d2f")
+"""Those of `unmask.decoding.registry` that need no verifier network."""
+DEFAULT_BLOCK = 32
+"""Of all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +31,15 @@ class GenerateConfig:
     max_actors: int = 1
     cpus_per_actor: float = 1.0
     gpus_per_actor: float = 0.0
+    labels: dict[str, str] = field(default_factory=dict)
+    """Actors run on nodes with these labels only, and only such nodes are added for them."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
+    decoder: dict[str, Any] | None = None
+    """How a diffusion LM decodes, such as `{name: one_token, block_size: 32}`; None for a causal LM, in vLLM."""
+    verifier: Literal["number", "code"] | None = None
+    """How responses are judged against the row's `reference`; only right ones are trained on. None judges nothing."""
+    reference: str = "answer"
+    """The column to compare with: a number or a text that ends with one, or Python tests."""
     max_attempts: int = 2
     """A shard whose engine dies this often is retried row by row, and the killing row quarantined."""
     progress_every_s: float = 5.0
@@ -46,4 +60,21 @@ class GenerateConfig:
         require(self.max_actors >= self.min_actors, "generate.max_actors", "must be at least generate.min_actors")
         require(self.cpus_per_actor > 0, "generate.cpus_per_actor", "must be positive")
         require(self.gpus_per_actor >= 0, "generate.gpus_per_actor", "must be 0 (CPU) or positive")
+        require_labels(self.labels, "generate.labels")
+        if self.decoder is not None:
+            self._check_decoder(self.decoder)
         require(self.max_attempts >= 1, "generate.max_attempts", "must be at least 1")
+
+    def _check_decoder(self, decoder: dict[str, Any]) -> None:
+        name, block_size = decoder.get("name"), decoder.get("block_size", DEFAULT_BLOCK)
+        require(
+            name in DECODERS,
+            "generate.decoder.name",
+            f"unknown decoder {name!r}{nearest(str(name), DECODERS)}; choose one of {', '.join(DECODERS)}",
+        )
+        require(
+            isinstance(block_size, int) and block_size >= 1 and self.max_new_tokens % block_size == 0,
+            "generate.decoder.block_size",
+            f"must divide generate.max_new_tokens = {self.max_new_tokens}, which {block_size!r} does not",
+        )
+        require(self.top_k == 0, "generate.top_k", "diffusion decoders have none; leave it out")

@@ -12,9 +12,9 @@ class PromptsConfig:
     """Where prompts come from."""
 
     source: str = "demo"
-    """`demo` or `word_problems` (the project's own), a .jsonl/.json/.parquet file (.gz too), or a hub data set id."""
+    """`demo`, `word_problems` or `copying` (the project's own), a .jsonl/.json/.parquet file (.gz too), or a hub id."""
     split: str = "train"
-    """For `demo`: train, new_items or new_templates. For `word_problems`: train or test. Else a hub data set's own."""
+    """For `demo`: train, new_items or new_templates. For the others: train or test. Else a hub data set's own."""
     field: str = "prompt"
     """The column that holds the text, or a list of chat messages."""
     system: str | None = None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from unmask.config.checks import require
+from unmask.config.checks import require, require_labels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +36,8 @@ class TrainingConfig:
     num_workers: int = 1
     cpus_per_worker: float = 1.0
     use_gpu: bool = False
+    labels: dict[str, str] = field(default_factory=dict)
+    """Workers run on nodes with these labels only."""
     threads_per_worker: int | None = None
     checkpoint_every_s: float = 60.0
     log_every_steps: int = 50
@@ -56,6 +58,7 @@ class TrainingConfig:
             self.check(getattr(self, name) >= 0, name, "must not be negative")
         for name in ("learning_rate", "grad_clip", "checkpoint_every_s", "cpus_per_worker"):
             self.check(getattr(self, name) > 0, name, "must be positive")
+        require_labels(self.labels, f"{self.section}.labels")
         for name in ("ema", "warmup_fraction"):
             self.check(0 <= getattr(self, name) < 1, name, "must be in [0, 1)")
         self.check(0 <= self.decay_fraction <= 1, "decay_fraction", "must be in [0, 1]")

@@ -44,7 +44,30 @@ def test_a_target_keeps_a_draft_that_works():
     note_draft(registry, "a")
     assert note_target(registry, "t", "a:1", connected=True) == "a:1"
     note_draft(registry, "b")
+    assert note_target(registry, "u", "b:1", connected=True) == "b:1"
+    for _ in range(3):
+        assert note_target(registry, "t", "a:1", connected=True) == "a:1"
+
+
+def test_an_added_draft_takes_over_its_share_of_the_targets_and_then_nothing_moves():
+    registry = Registry()
+    note_draft(registry, "a")
+    given = {f"t{i}": "a:1" for i in range(6)}
+    for name, address in given.items():
+        note_target(registry, name, address, connected=True)
+    note_draft(registry, "b")
+    for _ in range(3):
+        given = {name: note_target(registry, name, address, connected=True) for name, address in given.items()}
+    assert sorted(given.values()) == ["a:1"] * 3 + ["b:1"] * 3
+    assert given == {name: note_target(registry, name, address, connected=True) for name, address in given.items()}
+
+
+def test_a_target_does_not_leave_a_draft_that_works_for_one_that_it_could_not_reach():
+    registry = Registry()
+    note_draft(registry, "a")
+    note_draft(registry, "b")
     assert note_target(registry, "u", "a:1", connected=True) == "a:1"
+    assert note_target(registry, "t", "b:1") == "a:1"
     assert note_target(registry, "t", "a:1", connected=True) == "a:1"
 
 
@@ -54,6 +77,16 @@ def test_a_target_that_cannot_reach_its_draft_is_given_another_if_there_is_one()
     assert note_target(registry, "t", "a:1") == "a:1"
     note_draft(registry, "b")
     assert note_target(registry, "t", "a:1") == "b:1"
+
+
+def test_the_wanted_draft_outlives_the_directory():
+    registry = Registry()
+    assert registry.agree_on_draft(None) is None
+    registry.want_draft("/drafts/2")
+    assert registry.agree_on_draft(None) == registry.agree_on_draft("/drafts/1") == "/drafts/2"
+    restarted = Registry()
+    assert restarted.agree_on_draft("/drafts/2") == "/drafts/2", "a replica that has swapped it in says so"
+    assert restarted.agree_on_draft(None) == "/drafts/2"
 
 
 def test_silent_replicas_are_forgotten():

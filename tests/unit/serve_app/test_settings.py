@@ -52,7 +52,7 @@ def test_mistakes_are_one_line_that_names_the_field(args: dict, message: str):
 @pytest.mark.parametrize("most", [None, 4])
 def test_serve_accepts_the_options(most: int | None):
     config = AppConfig(serve=ServeConfig(max_num_seqs=8, target_replicas=2, max_target_replicas=most, target_gpus=1))
-    for options in (ingress_options(config), target_options(config), draft_options(config), directory_options()):
+    for options in (ingress_options(config), target_options(config), draft_options(config), directory_options(config)):
         deployment = serve.deployment(**options)(type("Nothing", (), {}))
         assert deployment.max_ongoing_requests >= 8
     assert config.slots == 8 * (most or 2)

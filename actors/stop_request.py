@@ -1,0 +1,52 @@
+"""A request to a training to save its state and end, made by SIGTERM: a spot notice, or the stop of a job."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_LOOK_S = 0.2
+
+
+class StoppedError(RuntimeError):
+    """A run that was asked to stop, has saved its state, and can be resumed."""
+
+
+class StopRequest:
+    """A file beside the checkpoints, on the storage that all nodes share: driver and workers see the same one."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "stop"
+        self._looked_at = 0.0
+        self._made = False
+
+    def make(self) -> None:
+        """Ask for the stop."""
+        self._path.touch()
+
+    def clear(self) -> None:
+        """Forget an earlier run's request."""
+        self._path.unlink(missing_ok=True)
+
+    def is_made(self) -> bool:
+        """Whether the training is to stop. Cheap enough for every step: the file is looked for now and then."""
+        now = time.monotonic()
+        if not self._made and now - self._looked_at >= _LOOK_S:
+            self._looked_at, self._made = now, self._path.exists()
+        return self._made
+
+    @contextmanager
+    def by_sigterm(self) -> Iterator[None]:
+        """Let SIGTERM make the request, in place of ending the process. Does nothing outside the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, lambda *_: self.make())
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,83 @@
+"""F1 to F4 and F7: target replicas that are killed or hang under load."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fault.load import Load, Reply
+from tests.fault.record import Finding, conclude, equal
+from tests.fault.scenario import (
+    Scenario,
+    Stage,
+    kill,
+    longest_gap,
+    no_failures,
+    nothing_left,
+    pause,
+    play,
+    recovers,
+    same_text,
+    slowest_answer,
+    stop,
+)
+
+pytestmark = pytest.mark.timeout(600)
+
+Answers = dict[str, tuple[str, int]]
+
+KINDS = {
+    "F1": ("requests", Load(requests=100), slowest_answer(15)),
+    "F2": ("streams", Load(requests=100, stream=True), longest_gap(2)),
+    "F1, F2": ("requests, half of them streams", Load(requests=10, half=True), longest_gap(2)),
+}
+
+
+@pytest.mark.parametrize("row", ["F1, F2", *(pytest.param(row, marks=pytest.mark.slow) for row in ("F1", "F2"))])
+def test_a_killed_target_is_not_seen(stage: Stage, expected: Answers, row: str) -> None:
+    kind, load, in_time = KINDS[row]
+    checks = [no_failures, same_text(expected), in_time, recovers(60), nothing_left]
+    findings = play(stage, Scenario(load=load, events=[kill("target")], checks=checks))
+    conclude(row, "SIGKILL one of two targets", f"8 clients x {load.requests} {kind}", findings)
+
+
+@pytest.mark.slow
+def test_a_stream_that_cannot_go_on_says_so(stage: Stage) -> None:
+    """The engine alone knows what a penalty has counted, so such a stream is not continued elsewhere."""
+    findings = play(
+        stage,
+        Scenario(
+            load=Load(stream=True, requests=4, fields={"presence_penalty": 0.5, "max_tokens": 64}),
+            events=[kill("target")],
+            checks=[errors_are_events, recovers(60), nothing_left],
+        ),
+    )
+    conclude("F3", "SIGKILL a target, streams that cannot be continued", "8 clients x 4 streams", findings)
+
+
+def errors_are_events(_: Stage, replies: list[Reply]) -> list[Finding]:
+    """A stream ends with `[DONE]` or with an error event, and only those of the victim do the latter."""
+    silent = [reply for reply in replies if not reply.complete and reply.error != "503 service_unavailable"]
+    told = [reply for reply in replies if reply.error == "503 service_unavailable"]
+    return [
+        equal("streams that end silently", len(silent), 0),
+        Finding(
+            what="streams that end with an error event",
+            required="1 to 8",
+            measured=str(len(told)),
+            met=1 <= len(told) <= 8,
+        ),
+    ]
+
+
+@pytest.mark.slow
+def test_a_hung_target_is_replaced(stage: Stage, expected: Answers) -> None:
+    findings = play(
+        stage,
+        Scenario(
+            load=Load(requests=100_000),
+            events=[stop("target"), pause(25)],
+            until_events_end=True,
+            checks=[no_failures, same_text(expected), slowest_answer(15), recovers(90), nothing_left],
+        ),
+    )
+    conclude("F7", "SIGSTOP one of two targets", "8 clients, 25 s", findings)
