@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unmask.errors import ConfigError
+from engines.versions import Runner
+from unmask.errors import CheckpointError, ConfigError
+from unmask.files import write_json
 
 REMOTE_DRAFT = "engines.remote_draft.RemoteDraft"
 
 LINK_FILE_VARIABLE = "VLLM_UNMASK_DRAFT"
 """Names the link file (`unmask.pairing.link_file`); vLLM hands variables of its prefix to all of its workers."""
 
+MAILBOX_FOLDER_VARIABLE = "VLLM_UNMASK_MAILBOXES"
+"""Names the folder that a draft on this host serves (`unmask.pairing.mailbox_folder`), in the place of a link file."""
+
+WATCHDOG_VARIABLE = "VLLM_UNMASK_WATCHDOG_MS"
+"""Longest wait of a GPU for its draft, in milliseconds."""
+
+WORKER_EXTENSION = "engines.worker_extension.RemoteDraftWorker"
+
 AUX_LAYERS_KEY = "eagle_aux_hidden_state_layer_ids"
 """The layers that the target reports. vLLM's id m is the residual stream before block m: one more than a draft's id."""
+
+_SHAPE = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+_OPTIONAL_SHAPE = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_parameters", "torch_dtype")
 
 _REQUIRED = {"speculative_config": None, "async_scheduling": False}
 
@@ -29,16 +43,25 @@ class RemoteDraftOptions:
     """The draft's `target_layer_ids`."""
     num_speculative_tokens: int
     """K: the most that is ever asked for; at most the draft's block size - 1."""
+    mailbox_folder: Path | None = None
+    """On a GPU: the folder that a draft on this host serves. None reaches the link file's drafts through a sidecar."""
+    k_by_batch_size: tuple[tuple[int, int, int], ...] = ()
+    """On a GPU: (first, last batch size, K), ascending from 1; graphs are made for each of these K. The scheduler and
+    the draft both go by it. Empty is `num_speculative_tokens` throughout."""
 
 
-def with_remote_draft(arguments: dict[str, Any], draft: RemoteDraftOptions) -> dict[str, Any]:
+def with_remote_draft(arguments: dict[str, Any], draft: RemoteDraftOptions, runner: Runner = "v1") -> dict[str, Any]:
     """Engine arguments with a remote draft added.
 
-    Prefix caching is off unless it is asked for. With it the draft keeps the context of cached prefixes too, by hash.
+    Prefix caching is off unless it is asked for. With the V1 runner the draft keeps the context of cached prefixes too,
+    by hash; with the V2 runner, whose CPU does not know the tokens in time, a cached prefix is a gap in the context.
 
     Raises:
         ConfigError: an argument contradicts the draft.
+        CheckpointError: with the V2 runner, the target's configuration cannot be read.
     """
+    if runner == "v2":
+        return _with_speculator(arguments, draft)
     for name, required in _REQUIRED.items():
         if arguments.get(name, required) != required:
             raise ConfigError(f"must be {required} with a remote draft; remove it", field=f"target.engine.{name}")
@@ -53,3 +76,49 @@ def with_remote_draft(arguments: dict[str, Any], draft: RemoteDraftOptions) -> d
         "enable_prefix_caching": arguments.get("enable_prefix_caching", False),
         "async_scheduling": False,
     }
+
+
+def _with_speculator(arguments: dict[str, Any], draft: RemoteDraftOptions) -> dict[str, Any]:
+    """The same for the V2 runner, which is told of a draft of vLLM's own kind and never loads it."""
+    for name in ("speculative_config", "worker_extension_cls"):
+        if name in arguments:
+            raise ConfigError("must not be set with a remote draft; remove it", field=f"target.engine.{name}")
+    folder = draft.link_file.absolute().parent / f"{draft.link_file.stem}_shape"
+    write_draft_shape(folder, Path(arguments["model"]), draft.layer_ids)
+    speculation: dict[str, Any] = {
+        "method": "dflash",
+        "model": str(folder),
+        "num_speculative_tokens": draft.num_speculative_tokens,
+    }
+    if draft.k_by_batch_size:
+        speculation["num_speculative_tokens_per_batch_size"] = [list(span) for span in draft.k_by_batch_size]
+    return arguments | {
+        "speculative_config": speculation,
+        "worker_extension_cls": WORKER_EXTENSION,
+        "enable_prefix_caching": arguments.get("enable_prefix_caching", False),
+    }
+
+
+def write_draft_shape(folder: Path, target: Path, layer_ids: tuple[int, ...]) -> None:
+    """A configuration from which vLLM learns which layers a target reports. No weights: none are loaded.
+
+    Raises:
+        CheckpointError: the target has no readable configuration.
+    """
+    try:
+        tree: dict[str, Any] = json.loads((target / "config.json").read_text())
+        shape = {name: tree[name] for name in _SHAPE}
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot read '{target}/config.json': {error}", field="target.model") from None
+    shape |= {name: tree[name] for name in _OPTIONAL_SHAPE if name in tree}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(
+        folder / "config.json",
+        shape
+        | {
+            "architectures": ["DFlashDraftModel"],
+            "model_type": "qwen3",
+            "num_hidden_layers": 1,
+            "dflash_config": {"target_layer_ids": list(layer_ids), "mask_token_id": 0},
+        },
+    )

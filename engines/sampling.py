@@ -12,7 +12,9 @@ from unmask.types import SamplingOptions
 
 def sampling_params(options: SamplingOptions, output_kind: RequestOutputKind) -> SamplingParams:
     """vLLM's parameters for one request, ids in and ids out. Raises ValueError for values that vLLM refuses."""
-    schema = options.json_schema
+    grammar = None
+    if options.json_schema is not None or options.structural_tag is not None:
+        grammar = StructuredOutputsParams(json=options.json_schema, structural_tag=options.structural_tag)
     return SamplingParams(
         max_tokens=options.max_tokens,
         temperature=options.temperature,
@@ -24,7 +26,7 @@ def sampling_params(options: SamplingOptions, output_kind: RequestOutputKind) ->
         presence_penalty=options.presence_penalty,
         frequency_penalty=options.frequency_penalty,
         logprobs=options.logprobs,
-        structured_outputs=StructuredOutputsParams(json=schema) if schema is not None else None,
+        structured_outputs=grammar,
         detokenize=False,
         output_kind=output_kind,
     )

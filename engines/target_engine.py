@@ -5,34 +5,44 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from vllm import AsyncEngineArgs, RequestOutput
-from vllm.exceptions import VLLMClientError
+from vllm import exceptions as vllm_exceptions
 from vllm.inputs import TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from engines.draft_arguments import LINK_FILE_VARIABLE, RemoteDraftOptions, with_remote_draft
+from engines.draft_arguments import (
+    LINK_FILE_VARIABLE,
+    MAILBOX_FOLDER_VARIABLE,
+    RemoteDraftOptions,
+    with_remote_draft,
+)
 from engines.engine_options import engine_arguments
 from engines.offline_engine import EngineDiedError
 from engines.sampling import plain_logprobs, sampling_params
-from engines.target_stats import StatsRecorder, TargetStats
-from engines.versions import require_tested_vllm
+from engines.stats_recorder import StatsRecorder
+from engines.target_stats import TargetStats
+from engines.versions import host_runner, require_tested_vllm
 from unmask.config import TargetConfig
 from unmask.errors import ConfigError, PromptError
 from unmask.pairing.link_file import read_link_file
 from unmask.pairing.status import read_status
 from unmask.targets import resolve_target
-from unmask.types import FinishReason, SamplingOptions, TokenDelta
+from unmask.types import FinishReason, SamplingOptions, ServedRequest, TokenDelta
 
-_FINISH_REASONS = ("stop", "length", "abort")
+_CLIENT_ERRORS = (ValueError, getattr(vllm_exceptions, "VLLMClientError", ValueError))
+"""vLLM 0.26 has no class of its own for a client's mistakes, and does not report how a request was verified."""
+_ENDED = ("stop", "length")
+_FINISH_REASONS = (*_ENDED, "abort")
 _CPU_VARIABLES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "PASSIVE"}
 """Replicas share their host: pinned threads would meet on one core, and idle ones that spin would starve the draft."""
+_GPU_VARIABLES = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
 _IN_CORE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
@@ -54,9 +64,12 @@ def target_arguments(
     if not on_gpu and _world_size(arguments) == 1:
         # By name, vLLM's CPU platform would put the one worker into a process of its own: a second import of vLLM.
         arguments.setdefault("distributed_executor_backend", _IN_CORE_PROCESS)
-    if draft is not None:
-        arguments.setdefault("per_request_spec_decode_metrics", "summary")
-    return with_remote_draft(arguments, draft) if draft else arguments
+    if draft is None:
+        return arguments
+    if not on_gpu:
+        # Unknown to the versions of vLLM that the V2 runner was tested with.
+        arguments.setdefault("per_request_spec_decode_metrics", "detailed")
+    return with_remote_draft(arguments, draft, host_runner(on_gpu))
 
 
 class TargetEngine:
@@ -95,7 +108,7 @@ class TargetEngine:
             ConfigError: vLLM is of an untested version, or refuses an option.
             CheckpointError: the target cannot be loaded.
         """
-        require_tested_vllm("v1")
+        require_tested_vllm(host_runner(self._on_gpu))
         path = await asyncio.to_thread(resolve_target, self._config.model, self._config.revision)
         arguments = target_arguments(
             self._config,
@@ -125,9 +138,16 @@ class TargetEngine:
         return self._engine is not None and not self._engine.errored
 
     async def generate(
-        self, request_id: str, prompt_ids: Sequence[int], options: SamplingOptions
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        options: SamplingOptions,
+        on_end: Callable[[ServedRequest], None] | None = None,
     ) -> AsyncIterator[TokenDelta]:
         """Stream a response; closing or cancelling the iterator aborts the request in the engine.
+
+        Args:
+            on_end: told of the request when it has ended by itself. It must not wait.
 
         Raises:
             PromptError: vLLM refuses the prompt or the options.
@@ -141,13 +161,15 @@ class TargetEngine:
             if self._salted:
                 prompt["cache_salt"] = self._cache_salt()
             generator = cast("AsyncGenerator[RequestOutput]", self._engine.generate(prompt, params, request_id))
-            emitted = 0
+            response: list[int] = []
             async with aclosing(generator) as outputs:
                 async for output in outputs:
                     completion = output.outputs[0]
-                    emitted += len(completion.token_ids)
-                    yield _delta(completion, emitted)
-        except (VLLMClientError, ValueError) as error:
+                    response += completion.token_ids
+                    if on_end is not None and completion.finish_reason in _ENDED:
+                        on_end(_served(prompt_ids, response, output))
+                    yield _delta(completion, len(response))
+        except _CLIENT_ERRORS as error:
             raise PromptError(f"the engine refuses the request: {error}") from error
         except EngineDeadError as error:
             raise EngineDiedError("the engine core has ended") from error
@@ -168,7 +190,9 @@ class TargetEngine:
         return f"draft epoch {(self.link_status() or {}).get('epoch', 0):.0f}"
 
     def _build(self, arguments: Mapping[str, Any]) -> AsyncLLM:
-        variables = {} if self._on_gpu else dict(_CPU_VARIABLES)
+        variables = dict(_GPU_VARIABLES if self._on_gpu else _CPU_VARIABLES)
+        if self._draft is not None and self._draft.mailbox_folder is not None:
+            variables[MAILBOX_FOLDER_VARIABLE] = str(self._draft.mailbox_folder.absolute())
         if self._draft is not None:
             variables[LINK_FILE_VARIABLE] = str(self._draft.link_file.absolute())
         try:
@@ -214,9 +238,23 @@ def _delta(output: Any, emitted: int) -> TokenDelta:
     )
 
 
+def _served(prompt_ids: Sequence[int], response_ids: list[int], output: RequestOutput) -> ServedRequest:
+    completion = output.outputs[0]
+    verified = getattr(completion, "spec_decode_metrics", None)
+    return ServedRequest(
+        prompt_ids=list(prompt_ids),
+        response_ids=response_ids,
+        finish_reason=cast("FinishReason", completion.finish_reason),
+        num_forwards=_num_forwards(completion, len(response_ids)),
+        accepted=list(verified.per_step_accepted) if verified else [],
+        drafted=list(verified.per_step_drafted) if verified else [],
+        cached_tokens=output.num_cached_tokens or 0,
+    )
+
+
 def _num_forwards(output: Any, emitted: int) -> int:
     """Each forward emits one token of the target's own and the drafted ones that it accepts."""
-    verified = output.spec_decode_metrics
+    verified = getattr(output, "spec_decode_metrics", None)
     if verified is None:
         return emitted
     accepted = sum(count * times for count, times in enumerate(verified.histogram))

@@ -1,12 +1,8 @@
-"""What the engine core reports of its steps, summed up for the metrics page."""
+"""What a target engine has done so far, for the metrics page."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
-
-from vllm.config import VllmConfig
-from vllm.v1.metrics.loggers import StatLoggerBase
 
 
 @dataclass(slots=True)
@@ -31,36 +27,3 @@ class TargetStats:
     def acceptance_length(self) -> float | None:
         """Tokens emitted per target forward that verified a block, the bonus included."""
         return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else None
-
-
-class StatsRecorder(StatLoggerBase):
-    """A vLLM stat logger that adds every step to a `TargetStats`."""
-
-    def __init__(self, vllm_config: VllmConfig, engine_index: int, stats: TargetStats) -> None:
-        self._stats = stats
-        stats.num_accepted_tokens_per_pos = [0] * vllm_config.num_speculative_tokens
-
-    def record(
-        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
-    ) -> None:
-        """Add one step."""
-        stats = self._stats
-        if iteration_stats is not None:
-            stats.num_generated_tokens += iteration_stats.num_generation_tokens
-            stats.num_prompt_tokens += iteration_stats.num_prompt_tokens
-            stats.num_preemptions += iteration_stats.num_preempted_reqs
-        if scheduler_stats is None:
-            return
-        stats.num_running = scheduler_stats.num_running_reqs
-        stats.num_waiting = scheduler_stats.num_waiting_reqs
-        stats.kv_cache_usage = scheduler_stats.kv_cache_usage
-        drafted = scheduler_stats.spec_decoding_stats
-        if drafted is not None:
-            stats.num_drafts += drafted.num_drafts
-            stats.num_draft_tokens += drafted.num_draft_tokens
-            stats.num_accepted_tokens += drafted.num_accepted_tokens
-            for position, accepted in enumerate(drafted.num_accepted_tokens_per_pos):
-                stats.num_accepted_tokens_per_pos[position] += accepted
-
-    def log_engine_initialized(self) -> None:
-        """Nothing to say."""

@@ -16,6 +16,11 @@ TESTED: dict[Runner, tuple[str, str]] = {"v1": ("0.32.0", "0.33"), "v2": ("0.26.
 """First tested version and first version beyond, per runner."""
 
 
+def host_runner(on_gpu: bool) -> Runner:
+    """The runner that an engine of this host uses."""
+    return "v2" if on_gpu else "v1"
+
+
 def require_tested_vllm(runner: Runner) -> Version:
     """The installed vLLM's version.
 

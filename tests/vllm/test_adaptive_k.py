@@ -32,6 +32,20 @@ class WholePrompts(LookupDraft):
         return super()._answer(step)
 
 
+def test_a_draft_that_is_never_right_is_soon_asked_for_less(target: Path, tmp_path: Path, prompts) -> None:
+    draft = load_draft(make_draft(target, tmp_path / "draft"))
+    with remote_engine(target, tmp_path) as remote:
+        plain = greedy(remote.llm, prompts, 30)
+        remote.link_options["adaptive_k"] = True
+        server = DraftServer(draft, *load_vocabulary(target, torch.float32), SECRET)
+        remote.use(server)
+        assert greedy(remote.llm, prompts, 30) == plain
+        assert remote.link.status["failures"] == 0
+        stats = server.stats()
+    assert 0 < stats.proposed_tokens < K * stats.proposals
+
+
+@pytest.mark.slow
 def test_a_lower_k_changes_no_token(target: Path, tmp_path: Path, prompts, plain_texts) -> None:
     """A draft that is never right is soon asked for less, one that is mostly right for more again."""
     vocabulary = load_vocabulary(target, torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer
 
 from engines.draft_arguments import RemoteDraftOptions
 from engines.target_engine import TargetEngine
-from tests.vllm.remote_tools import SECRET
+from tests.vllm.remote_tools import SECRET, remote_engine, write_link
 from tests.vllm.vllm_tools import LAYER_IDS, K, engine, greedy, make_draft
 from unmask.checkpoints import load_draft
 from unmask.config import TargetConfig
@@ -123,6 +124,22 @@ async def texts_of(one: TargetEngine, run: str, prompts: list[list[int]]) -> lis
     return await asyncio.gather(*(text(f"{run}-{i}", ids) for i, ids in enumerate(prompts)))
 
 
+def test_requests_move_when_one_of_two_drafts_goes(target: Path, serve, prompts, tmp_path: Path) -> None:
+    with remote_engine(target, tmp_path, max_num_batched_tokens=256) as remote:
+        plain = greedy(remote.llm, prompts, OPTIONS.max_tokens)
+        servers = [serve(), serve()]
+        write_link(tmp_path, servers[0].address, further_addresses=(servers[1].address,))
+        while remote.link.status["drafts_connected"] < 2:
+            time.sleep(0.02)
+        assert greedy(remote.llm, prompts, OPTIONS.max_tokens) == plain
+        proposals = [server.stats().proposals for server in servers]
+        assert min(proposals) > 10
+        servers[0].stop()
+        assert greedy(remote.llm, prompts, OPTIONS.max_tokens) == plain
+        assert servers[1].stats().proposals - proposals[1] > proposals[1]
+
+
+@pytest.mark.slow
 @pytest.mark.asyncio
 async def test_two_targets_share_a_draft_that_is_replaced_and_doubled(
     target: Path, drafts, serve, prompts, plain_texts, tmp_path: Path

@@ -65,6 +65,25 @@ def accepted_per_draft(llm: Any) -> float:
     return accepted / counters["vllm:spec_decode_num_drafts"]
 
 
+def test_a_cached_prefix_gets_the_blocks_of_a_fresh_one(target: Path, new_server, prompts, tmp_path: Path) -> None:
+    few = prompts[:3]
+    blocks, texts, rows = [], [], []
+    with remote_engine(target, tmp_path, **ENGINE) as remote:
+        server = new_server()
+        remote.use(server)
+        for _ in range(2):
+            with recorded_blocks(remote.llm) as recorded:
+                texts.append(greedy(remote.llm, few, NUM_TOKENS))
+            blocks.append(recorded)
+            rows.append(remote.link.status["bytes_sent"])
+        assert remote.link.status["failures"] == 0
+        assert server.stats().proposals_with_gap == 0
+    assert blocks[0] == blocks[1]
+    assert texts[0] == texts[1]
+    assert 2 * (rows[1] - rows[0]) < rows[0]
+
+
+@pytest.mark.slow
 def test_proposals_do_not_depend_on_prefix_caching(
     target: Path, new_server, prompts, plain_texts, tmp_path: Path
 ) -> None:
@@ -91,6 +110,7 @@ def test_proposals_do_not_depend_on_prefix_caching(
     assert acceptance[True] == pytest.approx(acceptance[False], rel=0.02)
 
 
+@pytest.mark.slow
 def test_features_are_complete_with_every_way_to_lose_them(
     target: Path, new_server, prompts, plain_texts, draft_dir, tmp_path: Path
 ) -> None:

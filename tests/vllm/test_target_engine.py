@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +21,14 @@ from engines.draft_arguments import RemoteDraftOptions
 from engines.offline_engine import EngineDiedError
 from engines.target_engine import TargetEngine, target_arguments
 from tests.vllm.vllm_tools import LAYER_IDS, K, engine, greedy, make_draft
+from unmask.capture import ACCEPTED, REJECTED, Capture, read_captured
+from unmask.checkpoints import load_draft
 from unmask.config import TargetConfig
+from unmask.decoding.speculative import speculative_decode
 from unmask.errors import ConfigError, PromptError
+from unmask.models.target import TargetModel
 from unmask.pairing.link_file import LinkConfig, read_link_file, write_link_file
-from unmask.targets import resolve_target
+from unmask.targets import describe_target, resolve_target
 from unmask.types import SamplingOptions, TokenDelta
 
 CONFIG = TargetConfig(max_model_len=256, engine={"kv_cache_memory_bytes": 1 << 28})
@@ -66,8 +72,9 @@ class DraftProcess:
             retry_s=0.2,
         )
         write_link_file(self.link_file, self._config)
-        draft = make_draft(target, directory / "draft")
-        self._command = [sys.executable, "-m", "unmask.pairing.server", "--draft", str(draft), "--target", str(target)]
+        self.path = make_draft(target, directory / "draft")
+        self._command = [sys.executable, "-m", "unmask.pairing.server"]
+        self._command += ["--draft", str(self.path), "--target", str(target)]
         self._command += ["--secret-file", str(directory / "secret"), "--address-file", str(directory / "address")]
         self.process: subprocess.Popen | None = None
 
@@ -159,6 +166,36 @@ async def test_a_draft_comes_goes_and_comes_back_without_changing_a_token(
     drafts = pairing.stats().num_drafts
     await assert_plain_texts("again")
     assert pairing.stats().num_drafts > drafts
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_finished_requests_are_captured_as_the_plain_loop_counts_them(
+    pairing: TargetEngine, draft: DraftProcess, target: Path, prompts, plain_texts, tmp_path: Path
+) -> None:
+    capture = Capture(tmp_path, describe_target(target), max_bytes=2**20, flush_s=60)
+
+    async def ask(name: str, ids: list[int], options: SamplingOptions) -> None:
+        async with aclosing(pairing.generate(name, ids, options, capture.add)) as deltas:
+            async for _ in deltas:
+                if name == "closed":
+                    return
+
+    await asyncio.gather(*(ask(f"captured-{i}", ids, OPTIONS) for i, ids in enumerate(prompts)))
+    await ask("closed", prompts[0], replace(OPTIONS, max_tokens=200))
+    capture.stop()
+    rows = {tuple(row.prompt_ids): row for row in read_captured(tmp_path)}
+    assert capture.stats.written == len(rows) == len(prompts)
+    loaded = load_draft(draft.path)
+    loop = TargetModel.load(target, loaded.config.target_layer_ids)
+    for ids, text in zip(prompts, plain_texts, strict=True):
+        row = rows[tuple(ids)]
+        expected = speculative_decode(loop, loaded, ids, OPTIONS, num_speculative_tokens=K, eos_ids=frozenset())
+        assert (row.response_ids, row.finish_reason) == (text, "length") == (expected.token_ids, "length")
+        assert row.meta[ACCEPTED] == expected.accepted
+        assert row.num_forwards == len(expected.accepted) + 1
+        anchors = itertools.accumulate((a + 1 for a in expected.accepted), initial=0)
+        rejected = [s for s, a in zip(anchors, expected.accepted, strict=False) if a < K and s < len(text) - 1]
+        assert row.meta[REJECTED] == rejected
 
 
 @pytest.mark.asyncio(loop_scope="module")

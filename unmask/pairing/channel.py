@@ -6,6 +6,7 @@ import select
 import socket
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from unmask.errors import ConfigError
 from unmask.pairing.wire import FRAME_BYTES, Buffer, Kind, decode_frame, encode_frame
@@ -123,6 +124,18 @@ class Channel:
 
     def _set_timeout(self, deadline: float | None) -> None:
         self._socket.settimeout(None if deadline is None else _remaining(deadline))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket on an interface, or on `unix:/path`. Raises OSError if the address is taken."""
+    if not host.startswith(UNIX_PREFIX):
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    path = host.removeprefix(UNIX_PREFIX)
+    Path(path).unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(path)
+    listener.listen()
+    return listener
 
 
 def _remaining(deadline: float) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unmask.errors import UserError, WireError
 from unmask.pairing.connection import DraftConnection, DraftReplacedError
-from unmask.pairing.hello import TargetShape
+from unmask.pairing.hello import Hello, TargetShape
 from unmask.pairing.link_file import LinkConfig, read_link_file
 from unmask.pairing.status import LinkStatus
 from unmask.pairing.wire import Proposals
@@ -92,6 +92,17 @@ class DraftLink:
         return self._config is not None and self._config.adaptive_k
 
     @property
+    def hello(self) -> Hello | None:
+        """The draft that is connected."""
+        connection = self._connection
+        return connection.hello if connection else None
+
+    def hang_up(self) -> None:
+        """End this epoch: the draft forgets what it has seen. The link connects anew."""
+        with self._lock:
+            self._greet_anew()
+
+    @property
     def num_speculative_tokens(self) -> int:
         """K that the next step will ask for; 0 while there is no draft to ask."""
         connection, config = self._connection, self._config
@@ -108,7 +119,12 @@ class DraftLink:
         return self.num_speculative_tokens > 0
 
     def propose(
-        self, rows: Sequence[ProposalRow], features: Tensor, finished: Sequence[int] = (), k: int | None = None
+        self,
+        rows: Sequence[ProposalRow],
+        features: Tensor,
+        finished: Sequence[int] = (),
+        k: int | None = None,
+        version: int | None = None,
     ) -> list[list[int]]:
         """Proposals for one step.
 
@@ -117,21 +133,25 @@ class DraftLink:
             features: raw hidden states [T, D * H] of the rows in order, T the sum of `num_features`.
             finished: requests that will not be named again.
             k: K of this step if lower than `num_speculative_tokens`; at 0 the draft takes in the rows and drafts none.
+            version: of the draft whose projection has made `features` [T, H] already; another draft is not asked.
 
         Returns:
             At most K ids a row; empty lists where there is no proposal, for whatever reason.
         """
         with self._lock:
-            most = self.num_speculative_tokens
-            if self._connection is None or self._config is None or not most:
+            most, hello = self.num_speculative_tokens, self.hello
+            if self._connection is None or self._config is None or hello is None or not most:
+                return [[] for _ in rows]
+            if version not in (None, hello.draft_version):
                 return [[] for _ in rows]
             k = most if k is None else min(k, most)
             if not k:
                 rows, k = [replace(row, last_token=-1) for row in rows], 1
             started = time.monotonic()
             deadline = started + self._config.timeout_ms / 1000
+            ask = self._connection.propose if version is None else self._connection.exchange
             try:
-                proposals = self._connection.propose(rows, features, finished, k=k, deadline=deadline)
+                proposals = ask(rows, features, finished, k=k, deadline=deadline)
             except DraftReplacedError:
                 self._greet_anew()
                 return [[] for _ in rows]

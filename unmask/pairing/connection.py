@@ -78,6 +78,12 @@ class DraftConnection:
 
         Raises WireError, OSError, DraftReplacedError.
         """
+        return self.exchange(rows, self._projection(features), finished, k=k, deadline=deadline)
+
+    def exchange(
+        self, rows: Sequence[ProposalRow], context: Tensor, finished: Sequence[int], *, k: int, deadline: float
+    ) -> Proposals:
+        """Send rows that this draft's projection has made [T, H], and wait for the proposals (see `propose`)."""
         self._steps += 1
         step = Step(
             draft_version=self.hello.draft_version,
@@ -85,7 +91,7 @@ class DraftConnection:
             number=self._steps,
             num_speculative_tokens=k,
             rows=pack_rows(rows),
-            features=self._projection(features).to("cpu"),
+            features=context.to("cpu", self.hello.projection.fc.dtype),
             finished=np.array(finished, dtype="<u8"),
             page_hashes=pack_hashes(rows),
         )

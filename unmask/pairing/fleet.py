@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unmask.errors import UserError
 from unmask.pairing.client import DraftLink
-from unmask.pairing.hello import TargetShape
+from unmask.pairing.hello import Hello, TargetShape
 from unmask.pairing.link_file import read_link_file
 from unmask.pairing.status import GAUGES, LinkStatus
 from unmask.types import ProposalRow
@@ -74,6 +74,17 @@ class DraftFleet:
         return max((link.num_speculative_tokens for link in self.links), default=0)
 
     @property
+    def hello(self) -> Hello | None:
+        """The first draft that can be asked; None if there is none."""
+        ready = (link.hello for link in self.links if link.num_speculative_tokens)
+        return next((hello for hello in ready if hello), None)
+
+    def hang_up(self) -> None:
+        """End the epochs of all links (see `DraftLink.hang_up`)."""
+        for link in self.links:
+            link.hang_up()
+
+    @property
     def adaptive_k(self) -> bool:
         """Whether the link file leaves K to a controller."""
         return any(link.adaptive_k for link in self.links)
@@ -89,13 +100,18 @@ class DraftFleet:
         return ready
 
     def propose(
-        self, rows: Sequence[ProposalRow], features: Tensor, finished: Sequence[int] = (), k: int | None = None
+        self,
+        rows: Sequence[ProposalRow],
+        features: Tensor,
+        finished: Sequence[int] = (),
+        k: int | None = None,
+        version: int | None = None,
     ) -> list[list[int]]:
         """Proposals for one step (see `DraftLink.propose`), all drafts at work at the same time."""
         ended: dict[int, list[int]] = {}
         for request in finished:
             ended.setdefault(self._home.pop(request, 0), []).append(request)
-        homes = self._assign(rows)
+        homes = self._assign(rows, version)
         shares = {home: [i for i, h in enumerate(homes) if h == home] for home in {*homes, *ended}}
         ends = np.cumsum([row.num_features for row in rows], dtype=np.int64)
 
@@ -106,7 +122,7 @@ class DraftFleet:
                 picked = [np.arange(ends[i] - rows[i].num_features, ends[i]) for i in shares[home]]
                 index = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *picked]))
                 own = features.index_select(0, index.to(features.device))
-            return self.links[home].propose(mine, own, ended.get(home, ()), k)
+            return self.links[home].propose(mine, own, ended.get(home, ()), k, version)
 
         proposals: list[list[int]] = [[] for _ in rows]
         asked = sorted(home for home in shares if home < len(self.links))
@@ -117,9 +133,10 @@ class DraftFleet:
         self._sum_up()
         return proposals
 
-    def _assign(self, rows: Sequence[ProposalRow]) -> list[int]:
+    def _assign(self, rows: Sequence[ProposalRow], version: int | None) -> list[int]:
         """The draft of each row, by index."""
-        ready = [i for i, link in enumerate(self.links) if link.num_speculative_tokens] or [0]
+        able = [i for i, link in enumerate(self.links) if link.num_speculative_tokens]
+        ready = [i for i in able if version in (None, _version(self.links[i]))] or able or [0]
         load = Counter(self._home.values())
         for row in rows:
             home = self._home.get(row.request)
@@ -168,3 +185,9 @@ class DraftFleet:
             values = [status[name] for status in each]
             self.status[name] = max(values) if name in GAUGES else sum(values)
         self.status["drafts_connected"] = sum(status["connected"] for status in each)
+
+
+def _version(link: DraftLink) -> int | None:
+    """Of the draft that a link is connected to."""
+    hello = link.hello
+    return hello.draft_version if hello else None

@@ -24,10 +24,12 @@ from torch import Tensor
 from unmask.errors import WireError
 from unmask.models.dflash import DFlashDraft
 from unmask.pairing.batcher import Batcher
-from unmask.pairing.channel import UNIX_PREFIX, Channel
+from unmask.pairing.channel import UNIX_PREFIX, Channel, listen
 from unmask.pairing.draft_engine import DraftEngine
 from unmask.pairing.handshake import authenticate_as_draft
 from unmask.pairing.hello import encode_hello
+from unmask.pairing.local_drafting import LocalDrafting
+from unmask.pairing.mailbox_folder import MailboxFolder
 from unmask.pairing.wire import (
     MAX_MESSAGE_BYTES,
     Buffer,
@@ -87,6 +89,7 @@ class DraftServer:
         memory_mb: bound of the context cache in MiB.
         record: the target that the draft was trained for, where it is recorded.
         graph_ks: see `DraftEngine`.
+        mailbox_folder: where targets of this host leave their mailboxes; its permissions say who may.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class DraftServer:
         memory_mb: float = 256,
         record: TargetRecord | None = None,
         graph_ks: Sequence[int] | None = None,
+        mailbox_folder: Path | None = None,
     ) -> None:
         self._engine = DraftEngine(draft, embedding, lm_head, record=record, memory_mb=memory_mb, graph_ks=graph_ks)
         self._batcher = Batcher(self._engine, on_end=self._hang_up)
@@ -114,19 +118,24 @@ class DraftServer:
         self._idle: dict[int, threading.Event] = {}
         self._numbers = itertools.count()
         self._refused = 0
+        self._mailboxes = MailboxFolder(mailbox_folder, self._local_drafting) if mailbox_folder else None
 
     def start(self) -> None:
         """Bind and serve in threads of this process. Raises OSError if the address is taken."""
-        self._listener = _listen(self._host, self._port)
+        self._listener = listen(self._host, self._port)
         if not self._host.startswith(UNIX_PREFIX):
             host = f"[{self._host}]" if ":" in self._host else self._host
             self.address = f"{host}:{self._listener.getsockname()[1]}"
         self._batcher.start()
+        if self._mailboxes is not None:
+            self._mailboxes.start()
         threading.Thread(target=self._accept, args=(self._listener,), name="draft_accept", daemon=True).start()
 
     def stop(self) -> None:
         """Hang up on everybody and wait for the step under way."""
         self._hang_up()
+        if self._mailboxes is not None:
+            self._mailboxes.close()
         self._batcher.stop()
 
     @property
@@ -164,6 +173,9 @@ class DraftServer:
             swaps=self._engine.swaps,
             num_pages=self._engine.num_pages,
         )
+
+    def _local_drafting(self) -> LocalDrafting:
+        return LocalDrafting(self._engine, self._batcher, lambda: next(self._numbers))
 
     def _accept(self, listener: socket.socket) -> None:
         while not self._stopping:
@@ -270,17 +282,6 @@ def _last_word(channel: Channel, kind: Kind, parts: Sequence[Buffer]) -> None:
     except OSError as error:
         logger.debug("a target worker is gone before it was told so: %s", error)
     channel.shutdown()
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    if not host.startswith(UNIX_PREFIX):
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    path = host.removeprefix(UNIX_PREFIX)
-    Path(path).unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(path)
-    listener.listen()
-    return listener
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory-mb", type=float, default=256)
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--mailbox-folder", type=Path, help="serve the mailboxes of targets on this host too")
     return parser.parse_args(argv)
 
 
@@ -68,6 +69,7 @@ def _build(arguments: argparse.Namespace) -> DraftServer:
         port=arguments.port,
         memory_mb=arguments.memory_mb,
         record=record,
+        mailbox_folder=arguments.mailbox_folder,
     )
 
 

@@ -1,0 +1,266 @@
+"""A target alone, with vLLM's colocated draft, and with a remote one: speed at equal acceptance, in one run.
+
+    python -m benchmarks.pairing --out benchmarks/results/pairing_speed.json            (two GPUs: target and draft)
+    python -m benchmarks.pairing --gpus 1 --shape smollm2-135m --out /tmp/one.json      (one GPU for both)
+    python -m benchmarks.pairing --tiny --out /tmp/tiny.json                            (any machine)
+
+Weights are random and acceptance is vLLM's `synthetic` one with r_k = 0.86^k whatever is drafted: only the system
+differs. On GPUs native and remote drafting are switched at run time in one engine (`engines.native_switch`), so that
+graphs and KV cache are the same; the draft of the remote ones is a process of its own. `--tiny` uses vLLM's V1 runner
+on a CPU, which knows no synthetic acceptance, with an engine for each mode. A row is printed and written as soon as it
+is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.demo import machine
+from benchmarks.pairing_engines import POLICY, engine_options
+from benchmarks.pairing_shapes import SHAPES, K, write_shape, write_weights
+from engines.draft_arguments import LINK_FILE_VARIABLE, MAILBOX_FOLDER_VARIABLE, WATCHDOG_VARIABLE
+from unmask.pairing.link_file import LinkConfig, read_link_file, write_link_file
+from unmask.pairing.status import read_status
+
+SECRET = b"a benchmark of one machine, 0123"
+PROMPT_TOKENS = 128
+
+
+def main() -> None:
+    """Measure every mode, and write the rows."""
+    arguments = _parse()
+    if arguments.role == "engine":
+        run_engine(arguments)
+        return
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    # Pages of files outside shared memory cannot be pinned everywhere.
+    with tempfile.TemporaryDirectory(dir=None if arguments.tiny else "/dev/shm") as folder:  # noqa: S108
+        arguments.folder = Path(folder)
+        write_shape(SHAPES[arguments.shape], arguments.folder)
+        if arguments.tiny:
+            write_weights(SHAPES[arguments.shape], arguments.folder)
+        engines = (
+            (("target",), ("native",), ("remote",)) if arguments.tiny else (("target",), ("native", "remote", "tcp"))
+        )
+        with draft_process(arguments):
+            for modes in engines:
+                for row in engine_rows(arguments, modes):
+                    rows.append(row)
+                    print(json.dumps(row), flush=True)
+                    arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+@contextmanager
+def draft_process(arguments: argparse.Namespace) -> Iterator[None]:
+    """The draft, on the last GPU; it serves mailboxes and its link file."""
+    folder, shape = arguments.folder, SHAPES[arguments.shape]
+    (folder / "secret").write_bytes(SECRET)
+    device = "cpu" if arguments.tiny else "cuda"
+    command = [sys.executable, "-m", "benchmarks.pairing_draft", f"--shape={shape.name}", f"--folder={folder}"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(arguments.gpus - 1)}
+    process = subprocess.Popen([*command, f"--device={device}"], stdin=subprocess.PIPE, env=environment)
+    try:
+        while not (folder / "address").exists():
+            if process.poll() is not None:
+                raise RuntimeError("the draft process has died")
+            time.sleep(0.1)
+        found = read_link_file(folder / "address")
+        options = {"timeout_ms": 30_000.0, "status_file": str(folder / "status")}
+        write_link_file(folder / "link", LinkConfig(address=found.address, secret_file=found.secret_file, **options))
+        yield
+    finally:
+        process.stdin.close()
+        process.wait(30)
+
+
+def engine_rows(arguments: argparse.Namespace, modes: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Rows of one engine, a process of its own on the first GPU."""
+    command = [sys.executable, "-m", "benchmarks.pairing", "--role=engine", *sys.argv[1:]]
+    command += [f"--folder={arguments.folder}", "--modes", *modes]
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        LINK_FILE_VARIABLE: str(arguments.folder / "link"),
+        WATCHDOG_VARIABLE: "3000",
+    }
+    if arguments.tiny:
+        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    else:
+        environment |= {
+            "VLLM_USE_V2_MODEL_RUNNER": "1",
+            "VLLM_USE_FLASHINFER_SAMPLER": "0",
+            MAILBOX_FOLDER_VARIABLE: str(arguments.folder / "boxes"),
+        }
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
+            else:
+                print(line, end="", file=sys.stderr)
+    if process.returncode:
+        raise RuntimeError(f"the engine of {', '.join(modes)} has failed")
+
+
+def run_engine(arguments: argparse.Namespace) -> None:
+    """Print the rows of one engine."""
+    from vllm import LLM
+
+    modes = tuple(arguments.modes)
+    llm = LLM(**engine_options(arguments, modes))
+    switchable = not arguments.tiny and modes != ("target",)
+    for mode in modes:
+        if switchable:
+            llm.collective_rpc("choose_draft", args=(mode,))
+        if mode in ("remote", "tcp"):
+            _await_draft(llm, arguments)
+        for concurrency in arguments.concurrency:
+            for policy in ("static", "by batch size") if switchable else ("static",):
+                k = 0 if mode == "target" else _k(policy, concurrency)
+                if policy != "static" and k == K:
+                    continue
+                if switchable:
+                    table = [k] * (max(arguments.concurrency) + 1)
+                    llm.collective_rpc("set_speculation", args=(table,))
+                print(json.dumps(measure(llm, arguments, mode, concurrency, k, policy)), flush=True)
+
+
+def measure(
+    llm: Any, arguments: argparse.Namespace, mode: str, concurrency: int, k: int, policy: str
+) -> dict[str, Any]:
+    """One row."""
+    timed = not arguments.tiny and mode != "target"
+    length = arguments.tokens * (1 if concurrency > 1 else 2)
+    _generate(llm, arguments, concurrency, max(length // 8, K))
+    before, counted = _counters(llm), _asked(llm, arguments, mode)
+    if timed:
+        llm.collective_rpc("measure_steps", args=(concurrency,))
+    seconds = _generate(llm, arguments, concurrency, length)
+    times = llm.collective_rpc("step_times")[0] if timed else {}
+    after, asked = _counters(llm), _asked(llm, arguments, mode)
+    drafts = after.get("drafts", 0) - before.get("drafts", 0)
+    accepted = after.get("accepted", 0) - before.get("accepted", 0)
+    tau = 1 + accepted / drafts if drafts else 1.0
+    period = times.get("period", 1000 * seconds * tau / length)
+    draft_ms = times.get("draft")
+    if asked:
+        steps = asked["answered"] - counted["answered"]
+        draft_ms = (asked["draft_us"] - counted["draft_us"]) / max(steps, 1) / 1000
+    wait = times.get("wait")
+    parts = {
+        "verify": times.get("verify", period if mode == "target" else None),
+        "features": times.get("features"),
+        "transport": max(wait - draft_ms, 0.0) if wait is not None and draft_ms is not None else None,
+        "draft": draft_ms,
+        "reply": times.get("reply"),
+    }
+    return {
+        "mode": "remote" if mode == "tcp" else mode,
+        "shape": arguments.shape,
+        "concurrency": concurrency,
+        "acceptance_length": round(tau, 3),
+        "k": k,
+        "output_tokens_per_second": round(concurrency * length / seconds, 1),
+        "step_ms": {name: round(value, 3) if value is not None else None for name, value in parts.items()},
+        "gpus": 0 if arguments.tiny else (1 if mode in ("target", "native") else arguments.gpus),
+        "machine": _machine(arguments),
+        "period_ms": round(period, 3),
+        "policy": policy,
+        "transport": {"remote": "socket" if arguments.tiny else "shared memory", "tcp": "sidecar over TCP"}.get(mode),
+        "without_proposals": (asked["passed"] + asked["released"] - counted["passed"] - counted["released"])
+        if asked
+        else None,
+    }
+
+
+def _k(policy: str, concurrency: int) -> int:
+    return K if policy == "static" else next(k for first, last, k in POLICY if first <= concurrency <= last)
+
+
+def _generate(llm: Any, arguments: argparse.Namespace, concurrency: int, length: int) -> float:
+    """Seconds for a batch of random prompts."""
+    from vllm import SamplingParams
+
+    generator, vocab_size = random.Random(concurrency), SHAPES[arguments.shape].vocab_size
+    prompts = [
+        {"prompt_token_ids": [generator.randrange(1000, vocab_size - 1000) for _ in range(PROMPT_TOKENS)]}
+        for _ in range(concurrency)
+    ]
+    params = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True, detokenize=False)
+    began = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert all(len(output.outputs[0].token_ids) == length for output in outputs)
+    return time.perf_counter() - began
+
+
+def _counters(llm: Any) -> dict[str, float]:
+    names = {"vllm:spec_decode_num_drafts": "drafts", "vllm:spec_decode_num_accepted_tokens": "accepted"}
+    return {names[metric.name]: metric.value for metric in llm.get_metrics() if metric.name in names}
+
+
+def _asked(llm: Any, arguments: argparse.Namespace, mode: str) -> dict[str, float]:
+    """What the remote draft was asked, by its mailbox or, on a CPU, its link."""
+    if mode not in ("remote", "tcp"):
+        return {}
+    if not arguments.tiny:
+        return llm.collective_rpc("draft_counters")[0]
+    status = read_status(arguments.folder / "status") or {}
+    answered = status["round_trip_ms_count"]
+    return {"answered": answered, "draft_us": 1000 * status["round_trip_ms_sum"], "passed": 0, "released": 0}
+
+
+def _await_draft(llm: Any, arguments: argparse.Namespace) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        if arguments.tiny:
+            ready = (read_status(arguments.folder / "status") or {}).get("speculation_enabled")
+        else:
+            ready = llm.collective_rpc("draft_counters")[0]["is_ready"]
+        if ready:
+            return
+        time.sleep(0.2)
+    raise queue.Empty("no draft within two minutes")
+
+
+def _machine(arguments: argparse.Namespace) -> str:
+    found = machine()
+    if arguments.tiny:
+        return f"{found['cpu']}, {found['cores']} cores"
+    import torch
+
+    return f"{torch.cuda.get_device_name()}, {found['cores']} cores"
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-8b")
+    parser.add_argument("--gpus", type=int, choices=(1, 2), default=2, help="1 puts target and draft on one")
+    parser.add_argument("--tiny", action="store_true", help="a small target and draft on the CPU: shows that it runs")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=None)
+    parser.add_argument("--tokens", type=int, default=None, help="of each response")
+    parser.add_argument("--role", choices=("run", "engine"), default="run", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--modes", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.shape = "tiny" if arguments.tiny else arguments.shape
+    arguments.concurrency = arguments.concurrency or ([1, 2] if arguments.tiny else [1, 8, 32, 64, 128])
+    arguments.tokens = arguments.tokens or (32 if arguments.tiny else 512)
+    return arguments
+
+
+if __name__ == "__main__":
+    main()

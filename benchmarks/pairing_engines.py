@@ -1,0 +1,61 @@
+"""vLLM's arguments for the engines of `benchmarks.pairing`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from benchmarks.pairing_shapes import SHAPES, K
+from engines.draft_arguments import AUX_LAYERS_KEY, REMOTE_DRAFT
+
+RATE = 0.86
+POLICY = ((1, 16, 15), (17, 4096, 7))
+"""K by batch size: of the remote pairing, and of vLLM's dynamic K."""
+
+
+def engine_options(arguments: argparse.Namespace, modes: tuple[str, ...]) -> dict[str, Any]:
+    """vLLM's arguments."""
+    folder, shape, most = arguments.folder, SHAPES[arguments.shape], max(arguments.concurrency)
+    options: dict[str, Any] = {
+        "model": str(folder / "target"),
+        "load_format": "auto" if arguments.tiny else "dummy",
+        "skip_tokenizer_init": True,
+        "dtype": "float32" if arguments.tiny else "bfloat16",
+        "max_model_len": 512 if arguments.tiny else 2048,
+        "max_num_seqs": most,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+    }
+    if arguments.tiny:
+        options |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "max_num_batched_tokens": 512}
+    else:
+        batches = [n for n in (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128) if n <= most]
+        lengths = {1} if modes == ("target",) else {k + 1 for *_, k in POLICY}
+        sizes = sorted({n * length for n in batches for length in lengths})
+        graphs = {
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": sizes,
+            "max_cudagraph_capture_size": sizes[-1],
+        }
+        options |= {
+            "gpu_memory_utilization": 0.6 if arguments.gpus > 1 else 0.4,
+            "max_num_batched_tokens": 8192,
+            "compilation_config": graphs,
+        }
+    if modes == ("target",):
+        return options
+    speculation: dict[str, Any] = {
+        "method": "dflash",
+        "model": str(folder / "draft"),
+        "num_speculative_tokens": K,
+    }
+    if not arguments.tiny:
+        speculation["rejection_sample_method"] = "synthetic"
+        speculation["synthetic_acceptance_rates"] = [RATE**i for i in range(1, K + 1)]
+        options["worker_extension_cls"] = "engines.native_switch.SwitchableWorker"
+        speculation["num_speculative_tokens_per_batch_size"] = [list(span) for span in POLICY]
+    elif modes == ("remote",):
+        speculation |= {"method": "custom_class", "model": REMOTE_DRAFT}
+        options["hf_overrides"] = {AUX_LAYERS_KEY: [layer + 1 for layer in shape.layer_ids]}
+        options["async_scheduling"] = False
+    return options | {"speculative_config": speculation}

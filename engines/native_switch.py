@@ -1,0 +1,68 @@
+"""vLLM's own colocated DFlash draft and remote ones in one engine, switched at run time: for comparisons.
+
+Both see the same graphs, the same KV cache and the same load. `SwitchableWorker` is the worker extension. The mode must
+not change while requests run: a draft that did not see their beginning has a gap there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
+
+from engines.draft_controls import DraftControls
+from engines.speculator import RemoteSpeculator, install
+from engines.step_times import StepTimes
+
+MODES = ("native", "remote", "tcp")
+"""vLLM's draft; a draft on this host through the mailbox; the link file's drafts through a sidecar."""
+
+
+class SwitchableSpeculator(DFlashSpeculator):
+    """Asks one of three drafts."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self.mode = "native"
+        self.remotes = {
+            "remote": RemoteSpeculator(vllm_config, device),
+            "tcp": RemoteSpeculator(vllm_config, device, folder=""),
+        }
+        self.times: StepTimes | None = None
+
+    @torch.inference_mode()
+    def propose(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> Tensor:
+        """See `BaseSpeculator.propose`."""
+        if self.mode != "native" and not kwargs.get("dummy_run") and not kwargs.get("is_profile"):
+            return self.remotes[self.mode].propose(input_batch, *args, **kwargs)
+        if self.times is None:
+            return super().propose(input_batch, *args, **kwargs)
+        self.times.begin(input_batch.num_reqs)
+        tokens = super().propose(input_batch, *args, **kwargs)
+        self.times("end")
+        return tokens
+
+    def finish(self, names: Any) -> None:
+        """Requests that have ended."""
+        ended = list(names)
+        for remote in self.remotes.values():
+            remote.finish(ended)
+
+
+class SwitchableWorker(DraftControls):
+    """The controls of whichever draft is chosen."""
+
+    def choose_draft(self, mode: str) -> None:
+        """Ask this draft (`MODES`) from now on."""
+        self.model_runner.speculator.mode = mode
+
+    def _speculator(self) -> Any:
+        speculator = self.model_runner.speculator
+        return speculator if speculator.mode == "native" else speculator.remotes[speculator.mode]
+
+
+install(SwitchableSpeculator)

@@ -1,0 +1,270 @@
+"""A remote draft for vLLM's V2 model runner: a speculator that owns no weights and never makes the CPU wait.
+
+The engine is configured for vLLM's `dflash` method, so that the runner reports hidden states; `init_speculator` is
+replaced where the runner looks it up. A step's rows leave through a mailbox in shared memory and its proposals come
+back through it, both in the order of the CUDA stream: asynchronous scheduling and CUDA graphs stay as they are.
+`engines.worker_extension` brings this into every worker.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from vllm.config import SpeculativeConfig, VllmConfig
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
+from vllm.v1.worker.gpu import model_runner
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import get_eagle3_aux_layers_from_config
+from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
+
+from engines.draft_arguments import LINK_FILE_VARIABLE, MAILBOX_FOLDER_VARIABLE, WATCHDOG_VARIABLE
+from engines.step_times import StepTimes
+from engines.versions import require_tested_vllm
+from unmask.errors import ConfigError
+from unmask.pairing.attendants import Attendants
+from unmask.pairing.hello import TargetShape
+from unmask.pairing.mailbox import Mailbox
+from unmask.pairing.mailbox_folder import new_path, private_folder
+from unmask.pairing.mailbox_layout import Layout
+from unmask.pairing.mailbox_target import MailboxTarget
+from unmask.pairing.packed_rows import StepTensors
+from unmask.pairing.sidecar import target_shape
+from unmask.pairing.stream_words import HostWords, PinnedMailbox
+
+_PROPOSE = (
+    "self",
+    "input_batch",
+    "attn_metadata",
+    "slot_mappings",
+    "last_hidden_states",
+    "aux_hidden_states",
+    "num_sampled",
+    "num_rejected",
+    "last_sampled",
+    "next_prefill_tokens",
+    "temperature",
+    "seeds",
+    "num_tokens_across_dp",
+    "dummy_run",
+    "skip_attn_for_dummy_run",
+    "mm_inputs",
+    "is_profile",
+)
+_INIT = ("vllm_config", "device")
+_FINISH = ("self", "scheduler_output")
+_BATCH = {
+    "req_ids",
+    "num_reqs",
+    "num_tokens",
+    "num_scheduled_tokens",
+    "idx_mapping",
+    "query_start_loc",
+    "positions",
+}
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - what it holds is private to this user
+_DEFAULT_WATCHDOG_MS = "100"
+
+schedulers: list[Scheduler] = []
+"""Those of this process: whoever changes K tells them too."""
+
+
+class RemoteSpeculator(BaseSpeculator):
+    """Proposes what a draft in another process drafts; -1 where there is none.
+
+    Only the first tensor-parallel rank speaks to the draft; the others are told the tokens.
+
+    Args:
+        vllm_config, device: see vLLM.
+        folder: that a draft on this host serves; None is what the environment names, "" the link file's drafts.
+
+    Raises:
+        ConfigError: no draft is named, or the engine's options do not suit a remote draft.
+    """
+
+    supports_mm_inputs = False
+    draft_logits = None
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, folder: str | None = None) -> None:
+        config = cast(SpeculativeConfig, vllm_config.speculative_config)
+        self.model = torch.nn.Module()
+        self.device = device
+        self.max_k: int = config.num_speculative_tokens
+        max_requests = vllm_config.scheduler_config.max_num_seqs
+        self.ks = [self.max_k] * (max_requests + 1)
+        if config.num_speculative_tokens_per_batch_size:
+            self.ks = build_dynamic_sd_schedule_lookup(
+                config.num_speculative_tokens_per_batch_size, max_requests, self.max_k
+            )
+        self.times: StepTimes | None = None
+        layers = get_eagle3_aux_layers_from_config(config)
+        if not layers:
+            raise ConfigError("the draft's config.json names no target_layer_ids", field="speculative_config.model")
+        self.width: int = vllm_config.model_config.get_hidden_size()
+        self.num_layers = len(layers)
+        self.target: MailboxTarget | None = None
+        if get_tp_group().rank_in_group == 0:
+            folder = os.environ.get(MAILBOX_FOLDER_VARIABLE) if folder is None else folder
+            self._open(vllm_config, [layer - 1 for layer in layers], folder)
+
+    def _open(self, vllm_config: VllmConfig, layer_ids: Sequence[int], folder: str | None) -> None:
+        """Make the mailbox, and start whoever attends to it."""
+        model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+        link_file = os.environ.get(LINK_FILE_VARIABLE)
+        if not link_file and not folder:
+            raise ConfigError("set it to the path of the draft's link file", field=LINK_FILE_VARIABLE)
+        layout = Layout(
+            max_requests=scheduler.max_num_seqs,
+            max_rows=scheduler.max_num_batched_tokens,
+            width=self.width,
+            dtype=cast(torch.dtype, model.dtype),
+            max_k=self.max_k,
+        )
+        place = private_folder(Path(folder) if folder else _SHARED_MEMORY / f"unmask-{os.getuid()}")
+        self.mailbox = Mailbox.create(new_path(place), layout)
+        path, vocab_size = str(self.mailbox.path), model.get_vocab_size()
+        limit = os.environ.get(WATCHDOG_VARIABLE, _DEFAULT_WATCHDOG_MS)
+        attendants = [["unmask.pairing.watchdog", path, f"--limit-ms={limit}"]]
+        if folder:
+            shape = TargetShape(hidden_size=self.width, vocab_size=vocab_size, layer_ids=tuple(layer_ids))
+        else:
+            shape = target_shape(self.width, vocab_size, layer_ids, str(link_file))
+            sizes = [f"--vocab-size={vocab_size}", "--layer-ids", *map(str, layer_ids)]
+            attendants.append(["unmask.pairing.sidecar", f"--mailbox={path}", f"--link-file={link_file}", *sizes])
+        words = PinnedMailbox(self.mailbox) if self.device.type == "cuda" else HostWords(self.mailbox)
+        # vLLM's eager embedding looks every id up; compiled ones and the rejection sampler take -1 for no draft.
+        absent = 0 if model.enforce_eager else -1
+        self.target = MailboxTarget(self.mailbox, words, shape, self.device, absent)
+        self.attendants = Attendants(attendants)
+        self.attendants.start()
+        self.target.start()
+        # vLLM drops its speculator without a word. What a killed worker leaves behind the next one clears away.
+        self.close = weakref.finalize(self, _close, self.target, self.attendants, self.mailbox)
+
+    def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
+        """Nothing is captured here: the waits are not part of any graph."""
+
+    def capture(self) -> None:
+        """See `init_cudagraph_manager`."""
+
+    @torch.inference_mode()
+    def propose(  # pyrefly: ignore[bad-override] - the tested version's, see `check_interfaces`
+        self,
+        input_batch: InputBatch,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, Tensor],
+        last_hidden_states: Tensor,
+        aux_hidden_states: list[Tensor] | None,
+        num_sampled: Tensor,
+        num_rejected: Tensor,
+        last_sampled: Tensor,
+        next_prefill_tokens: Tensor,
+        temperature: Tensor,
+        seeds: Tensor,
+        num_tokens_across_dp: Tensor | None = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: tuple[list[Tensor], Tensor] | None = None,
+        is_profile: bool = False,
+    ) -> Tensor:
+        """Proposals int64 [R, K] on the device, not waited for."""
+        num_requests, num_tokens = input_batch.num_reqs, input_batch.num_tokens
+        if dummy_run or is_profile:
+            self._claim_memory(num_tokens)
+            return torch.zeros(num_requests, self.max_k, dtype=torch.int64, device=self.device)
+        tokens = torch.empty(num_requests, self.max_k, dtype=torch.int64, device=self.device)
+        if self.target is not None and aux_hidden_states is not None:
+            if self.times is not None:
+                self.times.begin(num_requests)
+            tokens = self.target.propose(
+                input_batch.req_ids,
+                aux_hidden_states,
+                StepTensors(
+                    positions=input_batch.positions[:num_tokens],
+                    query_starts=input_batch.query_start_loc,
+                    num_sampled=num_sampled,
+                    num_rejected=num_rejected,
+                    slots=input_batch.idx_mapping,
+                    last_sampled=last_sampled,
+                ),
+                longest=int(input_batch.num_scheduled_tokens.max()),
+                k=self.ks[num_requests],
+                mark=self.times,
+            )
+            if self.times is not None:
+                self.times("end")
+        group = get_tp_group()
+        return tokens if group.world_size == 1 else group.broadcast(tokens, src=0)
+
+    def finish(self, names: Iterable[str]) -> None:
+        """Requests that have ended."""
+        if self.target is not None:
+            self.target.finish(names)
+
+    def _claim_memory(self, num_tokens: int) -> None:
+        """What the projection will need, so that vLLM's memory profile leaves room for it."""
+        options = {"dtype": torch.bfloat16, "device": self.device}
+        wide = self.num_layers * self.width
+        for shape in ((self.width, wide), (num_tokens, wide), (num_tokens, 2 * self.width)):
+            torch.empty(shape, **options)
+
+
+def _close(target: MailboxTarget, attendants: Attendants, mailbox: Mailbox) -> None:
+    target.close()
+    attendants.close()
+    mailbox.remove()
+
+
+def install(new_speculator: Callable[[VllmConfig, torch.device], Any] = RemoteSpeculator) -> None:
+    """Put another speculator in the place of vLLM's, once per process.
+
+    Args:
+        new_speculator: makes one that has `RemoteSpeculator.finish`.
+
+    Raises:
+        ConfigError: a version of vLLM that this was not tested with, or one whose interfaces are others.
+    """
+    if getattr(model_runner, "_unmask_remote_draft", False):
+        return
+    version = require_tested_vllm("v2")
+    check_interfaces(str(version))
+    finish, init = model_runner.GPUModelRunner.finish_requests, Scheduler.__init__
+
+    def finish_requests(runner: Any, scheduler_output: Any) -> None:
+        runner.speculator.finish(scheduler_output.finished_req_ids)
+        finish(runner, scheduler_output)
+
+    def init_scheduler(scheduler: Scheduler, *args: Any, **kwargs: Any) -> None:
+        init(scheduler, *args, **kwargs)
+        schedulers.append(scheduler)
+
+    model_runner.init_speculator = new_speculator  # pyrefly: ignore[bad-assignment]
+    model_runner.GPUModelRunner.finish_requests = finish_requests  # pyrefly: ignore[bad-assignment]
+    Scheduler.__init__ = init_scheduler
+    model_runner._unmask_remote_draft = True  # pyrefly: ignore[missing-attribute]
+
+
+def check_interfaces(version: str) -> None:
+    """Refuse a vLLM in which something that is relied on looks different. Raises ConfigError naming it."""
+    runner = model_runner.GPUModelRunner
+    expected = {
+        "BaseSpeculator.propose": (BaseSpeculator.propose, _PROPOSE),
+        "init_speculator": (getattr(model_runner, "init_speculator", None), _INIT),
+        "GPUModelRunner.finish_requests": (getattr(runner, "finish_requests", None), _FINISH),
+    }
+    for name, (function, parameters) in expected.items():
+        found = tuple(inspect.signature(function).parameters) if function else ()
+        if found != parameters:
+            raise ConfigError(f"vLLM {version}: {name} takes {found}, not {parameters}")
+    missing = _BATCH - {field.name for field in dataclasses.fields(InputBatch)}
+    if missing:
+        raise ConfigError(f"vLLM {version}: InputBatch lacks {', '.join(sorted(missing))}")

@@ -1,0 +1,327 @@
+"""vLLM's V2 runner with a remote draft on a GPU: the words of a real stream, identical text, and drafts that go away.
+
+In float32 without TF32. The draft is a process of its own on the same GPU; with two of them, run it with
+`CUDA_VISIBLE_DEVICES=0,1` and `UNMASK_DRAFT_GPU=1`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.mailbox_tools import LAYOUT, ImaginedTarget, watchdog
+from tests.pairing_tools import eventually
+from unmask.pairing.mailbox import Mailbox, take_tokens
+from unmask.pairing.mailbox_words import DOORBELL, REPLY, is_reached
+from unmask.pairing.packed_rows import StepTensors, pack_rows
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+SECRET = b"not for production: 0123456789ab"
+NUM_FUZZED = 2000
+LIMIT_MS = "200"
+WAYS = ("same host", "sidecar")
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Path]:
+    """A folder of shared memory: pages of other files cannot be pinned everywhere."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+def on_gpu(step: StepTensors) -> StepTensors:
+    return StepTensors(**{name: getattr(step, name).cuda() for name in StepTensors.__dataclass_fields__})
+
+
+def test_the_kernel_stores_what_the_reference_does(shared: Path) -> None:
+    from unmask.pairing.packed_rows_triton import pack_rows_on_gpu
+    from unmask.pairing.stream_words import PinnedMailbox
+
+    expected, found = (Mailbox.create(shared / name, LAYOUT) for name in ("expected", "found"))
+    words = PinnedMailbox(found)
+    imagined = ImaginedTarget(seed=1)
+    for number in (1, 2, 7, 16, 2**31, 2**32 - 1, 0):
+        step = imagined.step()
+        features = step.states[0][: len(step.tensors.positions)]
+        pack_rows(expected, step.tensors, features, number)
+        pack_rows_on_gpu(found, words.address, on_gpu(step.tensors), features.cuda(), number, step.longest)
+        torch.cuda.synchronize()
+        assert (found.rows == expected.rows).all()
+        assert torch.equal(found.features, expected.features)
+        imagined.end()
+    words.close()
+
+
+def test_a_stream_waits_for_the_reply_and_the_cpu_does_not(shared: Path) -> None:
+    from unmask.pairing.stream_words import PinnedMailbox
+
+    mailbox = Mailbox.create(shared / "box", LAYOUT)
+    words = PinnedMailbox(mailbox)
+    start = 2**32 - 3
+    for word in (DOORBELL, REPLY):
+        mailbox.set_word(word, start)
+    answers: list[torch.Tensor] = []
+    for ahead in range(1, 7):
+        number = (start + ahead) % 2**32
+        words.write(DOORBELL, number)
+        words.wait(REPLY, number)
+        answers.append(
+            take_tokens(torch.from_numpy(mailbox.tokens).to("cuda", non_blocking=True, copy=True), number, -1)
+        )
+        assert not is_reached(mailbox.word(REPLY), number)
+        eventually(lambda number=number: mailbox.word(DOORBELL) == number)
+        assert mailbox.is_waiting
+        assert mailbox.answer(number, *answers([ahead] * LAYOUT.max_k))
+        torch.cuda.synchronize()
+        assert answers[-1][0].tolist() == [ahead] * LAYOUT.max_k
+        assert (answers[-1][1:] == -1).all()
+    words.write(DOORBELL, start + 8)
+    words.wait(REPLY, start + 8)
+    with watchdog(mailbox, 100):
+        torch.cuda.synchronize()
+    words.close()
+
+
+def serve(target: str, draft: str, folder: str, pipe: Connection) -> None:
+    """The draft process; answers `stats` until it is told to end."""
+    from tests.vllm.vllm_tools import K
+    from unmask.checkpoints import load_draft
+    from unmask.pairing.link_file import LinkConfig, write_link_file
+    from unmask.pairing.server import DraftServer
+    from unmask.pairing.vocabulary import load_vocabulary
+
+    server = DraftServer(
+        load_draft(Path(draft)).cuda(),
+        *load_vocabulary(target, torch.float32),
+        SECRET,
+        # Recording a graph takes longer than a target would wait.
+        graph_ks=[K],
+        mailbox_folder=Path(folder) / "boxes",
+    )
+    server.start()
+    secret = Path(folder) / "secret"
+    secret.write_bytes(SECRET)
+    link = LinkConfig(address=server.address, secret_file=str(secret), timeout_ms=30_000, retry_s=0.1)
+    write_link_file(Path(folder) / "link.json", link)
+    pipe.send("ready")
+    while pipe.recv() == "stats":
+        pipe.send(server.stats())
+    server.stop()
+
+
+class Draft:
+    """The draft process, which can be stopped, killed and started again."""
+
+    def __init__(self, target: Path, draft: Path, folder: Path) -> None:
+        self.folder = folder
+        self._arguments = (str(target), str(draft), str(folder))
+        self.start()
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        before = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("UNMASK_DRAFT_GPU", "0")
+        self.process = context.Process(target=serve, args=(*self._arguments, theirs), daemon=True)
+        self.process.start()
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+        assert self.pipe.poll(180)
+        assert self.pipe.recv() == "ready"
+
+    def stats(self) -> Any:
+        self.pipe.send("stats")
+        return self.pipe.recv()
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+    def stop(self) -> None:
+        if self.process.is_alive():
+            self.pipe.send("end")
+        self.process.join(30)
+
+
+@pytest.fixture(scope="module")
+def target() -> Path:
+    pytest.importorskip("vllm")
+    from unmask.config import EMBEDDED_TARGET
+    from unmask.errors import UserError
+    from unmask.targets import resolve_target
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        return resolve_target(EMBEDDED_TARGET)
+    except (UserError, ImportError) as error:
+        pytest.skip(f"no embedded target: {error}")
+
+
+@pytest.fixture(scope="module")
+def draft(target: Path, shared: Path, tmp_path_factory) -> Iterator[Draft]:
+    from tests.vllm.vllm_tools import make_draft
+
+    process = Draft(target, make_draft(target, tmp_path_factory.mktemp("d") / "draft"), shared)
+    yield process
+    process.stop()
+
+
+@contextmanager
+def v2_engine(target: Path, way: str | None, draft: Draft | None = None, **options: Any) -> Iterator[Any]:
+    """An engine of the V2 runner with CUDA graphs; without a way, the target alone."""
+    from engines.draft_arguments import (
+        LINK_FILE_VARIABLE,
+        MAILBOX_FOLDER_VARIABLE,
+        WATCHDOG_VARIABLE,
+        RemoteDraftOptions,
+        with_remote_draft,
+    )
+    from tests.vllm.vllm_tools import LAYER_IDS, K, engine
+
+    variables = {"VLLM_USE_V2_MODEL_RUNNER": "1", WATCHDOG_VARIABLE: LIMIT_MS}
+    arguments = {"model": str(target), "enforce_eager": False, "max_num_seqs": 32, "max_num_batched_tokens": 512}
+    arguments |= options
+    if way is not None:
+        link_file = draft.folder / "link.json"
+        variables[LINK_FILE_VARIABLE] = str(link_file)
+        if way == "same host":
+            variables[MAILBOX_FOLDER_VARIABLE] = str(draft.folder / "boxes")
+        remote = RemoteDraftOptions(link_file=link_file, layer_ids=LAYER_IDS, num_speculative_tokens=K)
+        arguments = with_remote_draft(arguments, remote, "v2")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        if way != "same host":
+            patch.delenv(MAILBOX_FOLDER_VARIABLE, raising=False)
+        del arguments["model"]
+        with engine(target, **arguments) as llm:
+            if way is not None:
+                eventually(lambda: counters(llm)["is_ready"], 60)
+            yield llm
+
+
+def counters(llm: Any) -> dict[str, int]:
+    return llm.collective_rpc("draft_counters")[0]
+
+
+def prompts(count: int, seed: int, longest: int = 120) -> list[list[int]]:
+    generator = random.Random(seed)
+    return [[generator.randrange(100, 49000) for _ in range(generator.randint(1, longest))] for _ in range(count)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_greedy_text_is_the_targets_own(target: Path, draft: Draft, way: str) -> None:
+    from tests.vllm.vllm_tools import greedy
+
+    asked = prompts(24, seed=4)
+    with v2_engine(target, None) as llm:
+        expected = greedy(llm, asked, 64)
+    with v2_engine(target, way, draft) as llm:
+        assert greedy(llm, asked, 64) == expected
+        found = counters(llm)
+    assert found["asked"] == found["answered"] > 30
+    assert found["released"] == found["late"] == 0
+
+
+def test_thousands_of_requests_leave_nothing_behind(target: Path, draft: Draft) -> None:
+    """Random lengths, aborts, sampling settings and concurrency; no token of a greedy request differs."""
+    from vllm import SamplingParams
+
+    from tests.vllm.vllm_tools import greedy
+
+    generator = random.Random(8)
+    asked = prompts(NUM_FUZZED, seed=9)
+    lengths = [generator.randint(1, 60) for _ in asked]
+    greedy_ones = [i for i in range(NUM_FUZZED) if generator.random() < 0.7]
+    doomed = {i: generator.randint(1, 40) for i in range(NUM_FUZZED) if generator.random() < 0.1}
+    with v2_engine(target, None) as llm:
+        plain = greedy(llm, [asked[i] for i in greedy_ones], 60)
+    expected = dict(zip(greedy_ones, plain, strict=True))
+    with v2_engine(target, "same host", draft) as llm:
+        engine, waiting, running, texts = llm.llm_engine, list(range(NUM_FUZZED)), {}, {}
+        while waiting or running:
+            for _ in range(generator.randint(0, 6)):
+                if waiting and len(running) < 48:
+                    i = waiting.pop()
+                    sampled = {"temperature": generator.uniform(0.2, 1.5), "top_p": generator.uniform(0.5, 1.0)}
+                    params = SamplingParams(
+                        max_tokens=lengths[i],
+                        ignore_eos=True,
+                        detokenize=False,
+                        **({"temperature": 0.0} if i in expected else sampled),
+                    )
+                    engine.add_request(f"{i}", {"prompt_token_ids": asked[i]}, params)
+                    running[i] = 0
+            for output in engine.step():
+                i = int(output.request_id)
+                texts[i] = list(output.outputs[0].token_ids)
+                if output.finished:
+                    running.pop(i, None)
+            for i in list(running):
+                running[i] += 1
+                if running[i] == doomed.get(i):
+                    engine.abort_request([f"{i}"])
+                    del running[i]
+        for i, text in expected.items():
+            seen = texts.get(i, [])
+            assert seen == text[: len(seen)]
+            assert i in doomed or len(seen) == lengths[i]
+        assert counters(llm)["released"] == 0
+        # The next request tells the draft of those that ended with the last step.
+        greedy(llm, [[1, 2, 3]], 2)
+        greedy(llm, [[1, 2, 3]], 2)
+        assert draft.stats().resident_requests <= 1
+        usage = {metric.name: metric for metric in llm.get_metrics()}.get("vllm:kv_cache_usage_perc")
+        assert usage is None or usage.value == 0
+    eventually(lambda: draft.stats().resident_requests == 0, 10)
+    assert draft.stats().resident_pages == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_draft_that_stops_dies_and_comes_back_changes_no_token(target: Path, draft: Draft, way: str) -> None:
+    from tests.vllm.vllm_tools import greedy
+
+    asked = prompts(16, seed=5, longest=40)
+    with v2_engine(target, None) as llm:
+        expected = greedy(llm, asked, 180)
+    with v2_engine(target, way, draft) as llm:
+        assert greedy(llm, asked, 180) == expected
+
+        def disturb(number: signal.Signals) -> None:
+            time.sleep(0.3)
+            draft.signal(number)
+
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            answered = counters(llm)["answered"]
+            thread = threading.Thread(target=disturb, args=(number,))
+            thread.start()
+            for _ in range(4):
+                assert greedy(llm, asked, 180) == expected
+            thread.join()
+            assert counters(llm)["answered"] >= answered
+            if number == signal.SIGSTOP:
+                draft.signal(signal.SIGCONT)
+            else:
+                draft.process.join(10)
+                draft.start()
+            eventually(lambda: counters(llm)["is_ready"], 10)
+            before = counters(llm)
+            assert greedy(llm, asked, 180) == expected
+            after = counters(llm)
+            assert after["answered"] > before["answered"]
+            assert after["released"] == before["released"]

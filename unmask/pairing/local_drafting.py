@@ -1,0 +1,80 @@
+"""A draft on the target's own host: its process maps the mailbox and drafts for it directly."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+from collections.abc import Callable
+
+import numpy as np
+
+from unmask.errors import WireError
+from unmask.pairing.batcher import Batcher
+from unmask.pairing.draft_engine import DraftEngine
+from unmask.pairing.hello import Hello
+from unmask.pairing.mailbox_reader import Asked, no_proposals
+from unmask.pairing.wire import Proposals, Step
+
+logger = logging.getLogger(__name__)
+
+_LOOK_S = 0.5
+
+
+class LocalDrafting:
+    """Answers one mailbox with the engine of this process, batched with all others that it serves.
+
+    Args:
+        engine: the draft.
+        batcher: the engine's thread.
+        new_session: numbers of sessions that nobody else uses.
+    """
+
+    def __init__(self, engine: DraftEngine, batcher: Batcher, new_session: Callable[[], int]) -> None:
+        self._engine, self._batcher, self._new_session = engine, batcher, new_session
+        self._session = new_session()
+        self._steps = itertools.count(1)
+        self._replies: queue.SimpleQueue[Proposals | None] = queue.SimpleQueue()
+
+    @property
+    def hello(self) -> Hello | None:
+        """See `Proposer.hello`."""
+        return self._engine.hello if self._batcher.alive else None
+
+    def propose(self, asked: Asked) -> tuple[np.ndarray, np.ndarray]:
+        """See `Proposer.propose`."""
+        step = Step(
+            draft_version=asked.draft_version,
+            epoch=0,
+            number=next(self._steps),
+            num_speculative_tokens=asked.k,
+            rows=asked.rows,
+            features=asked.features.to(self._engine.weights.dtype),
+            finished=np.array(asked.finished, dtype="<u8"),
+        )
+        try:
+            self._engine.check(step)
+        except WireError as error:
+            logger.warning("refused a step: %s", error)
+            return no_proposals(asked)
+        self._batcher.submit(self._session, step, self._replies.put)
+        reply = self._reply()
+        return (reply.tokens, reply.counts) if reply is not None else no_proposals(asked)
+
+    def forget(self) -> None:
+        """See `Proposer.forget`."""
+        self._engine.close_session(self._session)
+        self._session = self._new_session()
+
+    def close(self) -> None:
+        """Drop the context of this mailbox."""
+        self._engine.close_session(self._session)
+
+    def _reply(self) -> Proposals | None:
+        """Of the step under way; None if the draft was replaced or has ended."""
+        while self._batcher.alive:
+            try:
+                return self._replies.get(timeout=_LOOK_S)
+            except queue.Empty:
+                continue
+        return None

@@ -1,0 +1,204 @@
+"""The target's end of a mailbox: features and rows out, proposals in, with no CPU wait."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unmask.errors import UserError
+from unmask.files import atomic_path
+from unmask.pairing.hello import Hello, TargetShape, decode_hello, encode_hello
+from unmask.pairing.mailbox import Control, Mailbox, take_tokens
+from unmask.pairing.mailbox_layout import DEPTH
+from unmask.pairing.mailbox_words import BEGUN, DOORBELL, OFFERED, REPLY, SERVING, STEP_MASK, TAKEN, is_reached
+from unmask.pairing.packed_rows import StepTensors, pack_rows
+from unmask.pairing.stream_words import StreamWords
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+
+Mark = Callable[[str], None]
+"""Told what has just been queued: `begun`, `features`, `sent`, `answered`, `taken`."""
+
+
+class MailboxTarget:
+    """Asks a draft through a mailbox; all calls from the thread that drives the stream.
+
+    Args:
+        mailbox: this target's own.
+        words: the stream.
+        shape: what this target is, for refusing a draft of another one.
+        device: where features lie.
+        absent: id that stands for no proposal.
+    """
+
+    def __init__(
+        self, mailbox: Mailbox, words: StreamWords, shape: TargetShape, device: torch.device, absent: int = -1
+    ) -> None:
+        self._mailbox, self._words, self._shape, self._device, self._absent = mailbox, words, shape, device, absent
+        self._step = mailbox.word(DOORBELL)
+        self._numbers: dict[str, int] = {}
+        self._next_number = itertools.count(1)
+        self._finished: list[tuple[int, int]] = []
+        self._token_words = torch.from_numpy(mailbox.tokens)
+        self._offer: Hello | None = None
+        self._refused = 0
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._follow_offers, name="mailbox_offers", daemon=True)
+        self.asked = 0
+        """Steps that the draft was asked."""
+        self.passed = 0
+        """Steps without a draft to ask."""
+
+    def start(self) -> None:
+        """Begin to look for a draft."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ask nothing more."""
+        self._closing.set()
+        self._thread.join()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a step that is asked now will be answered or released."""
+        box, offer = self._mailbox, self._offer
+        return (
+            offer is not None
+            and box.word(SERVING) == 1
+            and box.long_word(OFFERED) == offer.draft_version
+            and box.is_guarded
+            and is_reached(box.word(REPLY), self._step + 2 - DEPTH)
+        )
+
+    def finish(self, names: Iterable[str]) -> None:
+        """Requests that have ended."""
+        ended = [self._numbers.pop(name) for name in names if name in self._numbers]
+        self._finished += [(self._step + 1, number) for number in ended]
+
+    def propose(
+        self,
+        names: Sequence[str],
+        states: Sequence[Tensor],
+        step: StepTensors,
+        *,
+        longest: int,
+        k: int,
+        mark: Mark | None = None,
+    ) -> Tensor:
+        """Proposals of one step, queued on the stream.
+
+        Args:
+            names: of the R requests, in batch order.
+            states: D hidden states [T or more, H] of the query rows.
+            step: what the sampler left.
+            longest: most query rows of one request.
+            k: tokens to draft for each request.
+            mark: see `Mark`.
+
+        Returns:
+            int64 [R, K] on the target's device, K the mailbox's; `absent` where nothing is proposed.
+        """
+        mark = mark or _no_mark
+        offer, num_rows = self._offer, len(names)
+        if offer is None or not k or not self.is_ready:
+            self.passed += 1
+            return torch.full((num_rows, self._mailbox.layout.max_k), self._absent, device=self._device)
+        self.asked += 1
+        self._step = (self._step + 1) & STEP_MASK
+        number = self._step
+        self._mailbox.post(
+            Control(
+                number=number,
+                num_speculative_tokens=min(k, self._mailbox.layout.max_k),
+                draft_version=offer.draft_version,
+                requests=np.array([self._number(name) for name in names], dtype=np.uint64),
+                finished=self._unread_finished(),
+            )
+        )
+        self._words.write(BEGUN, number)
+        mark("begun")
+        num_tokens = len(step.positions)
+        features = offer.projection(torch.cat([h[:num_tokens] for h in states], dim=-1))
+        mark("features")
+        self._pack(step, features.to(self._mailbox.layout.dtype), number, longest)
+        self._words.write(DOORBELL, number)
+        mark("sent")
+        self._words.wait(REPLY, number)
+        mark("answered")
+        token_words = self._token_words[:num_rows].to(self._device, non_blocking=True, copy=True)
+        tokens = take_tokens(token_words, number, self._absent)
+        mark("taken")
+        return tokens
+
+    def _pack(self, step: StepTensors, features: Tensor, number: int, longest: int) -> None:
+        if features.is_cuda:
+            from unmask.pairing.packed_rows_triton import pack_rows_on_gpu
+
+            pack_rows_on_gpu(self._mailbox, self._words.address, step, features, number, longest)
+        else:
+            pack_rows(self._mailbox, step, features, number)
+
+    def _number(self, name: str) -> int:
+        number = self._numbers.get(name)
+        if number is None:
+            number = self._numbers[name] = next(self._next_number)
+        return number
+
+    def _unread_finished(self) -> np.ndarray:
+        """Ended requests that the draft's side has not read of, as many as fit; they are repeated until it has."""
+        taken = self._mailbox.word(TAKEN)
+        self._finished = [(since, n) for since, n in self._finished if not is_reached(taken, since)]
+        first = self._finished[: self._mailbox.layout.max_requests]
+        # The others count from the step that names them first.
+        self._finished[len(first) :] = [(self._step + 1, n) for _, n in self._finished[len(first) :]]
+        return np.array([number for _, number in first], dtype=np.uint64)
+
+    def _follow_offers(self) -> None:
+        """Take over the projection of every draft that is offered, beside the per-step path."""
+        while not self._closing.wait(_POLL_S):
+            version = self._mailbox.long_word(OFFERED)
+            if version in (0, self._refused) or (self._offer is not None and version == self._offer.draft_version):
+                continue
+            try:
+                hello = read_offer(self._mailbox)
+                self._shape.check(hello)
+            except (OSError, UserError) as error:
+                logger.warning("no proposals for now: %s", error)
+                self._refused = version
+                continue
+            if hello.draft_version == version:
+                self._offer = _on_device(hello, self._device)
+
+
+def write_offer(mailbox: Mailbox, hello: Hello) -> None:
+    """Lay a draft's projection beside a mailbox, and say so."""
+    with atomic_path(mailbox.offer_path) as temporary, temporary.open("wb") as file:
+        for part in encode_hello(hello):
+            file.write(part)
+    mailbox.set_long_word(OFFERED, hello.draft_version)
+
+
+def read_offer(mailbox: Mailbox) -> Hello:
+    """The draft that is offered beside a mailbox. Raises OSError, WireError."""
+    return decode_hello(bytearray(mailbox.offer_path.read_bytes()))
+
+
+def _on_device(hello: Hello, device: torch.device) -> Hello:
+    """The copy is complete when this returns, so that any stream may use it."""
+    projection = hello.projection.to(device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return replace(hello, projection=projection)
+
+
+def _no_mark(name: str) -> None:
+    """Nobody measures."""

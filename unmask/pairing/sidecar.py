@@ -1,0 +1,113 @@
+"""The sidecar of a target on a GPU: carries its mailbox over the wire to drafts on other hosts. Needs no GPU.
+
+To the target it is a draft that maps the same memory. Timeouts, the breaker and the choice among several drafts are
+those of `DraftFleet`; whatever goes wrong there is answered with no proposals. If the sidecar itself stands still, the
+watchdog lets the target go on.
+
+`python -m unmask.pairing.sidecar --mailbox FILE --link-file FILE --layer-ids 1 3 --vocab-size V` runs until its
+standard input closes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from unmask.pairing.fleet import DraftFleet
+from unmask.pairing.hello import NO_DIGEST, Hello, TargetShape
+from unmask.pairing.link_file import read_link_file
+from unmask.pairing.mailbox import Mailbox
+from unmask.pairing.mailbox_reader import Asked, MailboxService, no_proposals
+from unmask.pairing.status import LinkStatus
+from unmask.types import ProposalRow
+
+
+class Sidecar:
+    """Answers a mailbox with the drafts of a link file.
+
+    Args:
+        mailbox: path of the target's mailbox.
+        link_file: see `unmask.pairing.link_file`.
+        shape: what the target is.
+
+    Raises:
+        WireError: not a mailbox.
+        ConfigError: no link file to be read.
+        OSError: no mailbox there.
+    """
+
+    def __init__(self, mailbox: str | Path, link_file: str | Path, shape: TargetShape) -> None:
+        box = Mailbox(mailbox)
+        status = LinkStatus(read_link_file(link_file).status_file)
+        self.fleet = DraftFleet(link_file, shape, box.layout.max_k, status=status)
+        self._service = MailboxService(box, self)
+
+    def start(self) -> None:
+        """Connect and begin to answer."""
+        self.fleet.start()
+        self._service.start()
+
+    def close(self) -> None:
+        """Answer nothing more, and hang up."""
+        self._service.close()
+        self.fleet.close()
+
+    @property
+    def answered(self) -> int:
+        """Steps that were answered in time."""
+        return self._service.answered
+
+    @property
+    def hello(self) -> Hello | None:
+        """See `Proposer.hello`."""
+        return self.fleet.hello
+
+    def propose(self, asked: Asked) -> tuple[np.ndarray, np.ndarray]:
+        """See `Proposer.propose`; the rows are sent from where the GPU has put them."""
+        rows = [
+            ProposalRow(request=request, start=start, num_features=count, last_token=last)
+            for request, start, count, last, _ in asked.rows.tolist()
+        ]
+        proposals = self.fleet.propose(rows, asked.features, asked.finished, asked.k, asked.draft_version)
+        tokens, counts = no_proposals(asked)
+        for i, ids in enumerate(proposals):
+            tokens[i, : len(ids)], counts[i] = ids, len(ids)
+        return tokens, counts
+
+    def forget(self) -> None:
+        """See `Proposer.forget`."""
+        self.fleet.hang_up()
+
+
+def target_shape(hidden_size: int, vocab_size: int, layer_ids: Sequence[int], link_file: str | Path) -> TargetShape:
+    """A target of these sizes, with the identity that its link file names."""
+    digest = bytes.fromhex(read_link_file(link_file).target_digest) or NO_DIGEST
+    return TargetShape(hidden_size=hidden_size, vocab_size=vocab_size, layer_ids=tuple(layer_ids), target_digest=digest)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run until standard input closes, which it does when the target's process ends."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    parser = argparse.ArgumentParser(prog="python -m unmask.pairing.sidecar", description=main.__doc__)
+    parser.add_argument("--mailbox", type=Path, required=True)
+    parser.add_argument("--link-file", type=Path, required=True)
+    parser.add_argument("--layer-ids", type=int, nargs="+", required=True)
+    parser.add_argument("--vocab-size", type=int, required=True)
+    arguments = parser.parse_args(argv)
+    width = Mailbox(arguments.mailbox).layout.width
+    shape = target_shape(width, arguments.vocab_size, arguments.layer_ids, arguments.link_file)
+    sidecar = Sidecar(arguments.mailbox, arguments.link_file, shape)
+    sidecar.start()
+    while os.read(sys.stdin.fileno(), 4096):
+        continue
+    sidecar.close()
+
+
+if __name__ == "__main__":
+    main()
