@@ -60,7 +60,7 @@ class DraftJob(TrainingJob):
         everything = read_trajectory_texts(Path(self.run_dir), verified=recipe.generate.verifier is not None)
         sequences = SequenceSet(
             everything,
-            batch_size=config.sequences_per_step,
+            batch_size=config.sequences_per_step if config.tokens_per_step is None else config.rows_per_step,
             seed=config.seed,
             rank=place.rank,
             world_size=place.world_size,

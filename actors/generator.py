@@ -15,16 +15,13 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 
 from actors.gate import Gate
-from engines.diffusion_engine import OfflineDiffusionEngine, diffusion_arguments
 from engines.engine_options import DIFFUSION_PLACEMENT, PLACEMENT, engine_arguments
 from engines.engine_thread import Completion, EngineDiedError
 from engines.offline_engine import OfflineEngine
 from unmask.attempts import Attempts
 from unmask.config import Recipe
-from unmask.decoding.registry import decoder_config
 from unmask.errors import CheckpointError, PromptError
 from unmask.manifest import ShardEntry
-from unmask.models import families
 from unmask.prompt_rows import PromptRow
 from unmask.prompts import PromptBuilder
 from unmask.recipe import digest
@@ -206,14 +203,22 @@ def decode_digest(recipe: Recipe) -> str:
     g = recipe.generate
     placement = PLACEMENT if g.decoder is None else DIFFUSION_PLACEMENT
     options = {name: value for name, value in recipe.target.engine.items() if name not in placement}
-    decoder = [] if g.decoder is None else [decoder_config(g.decoder), g.decoder["name"]]
-    return digest(g.max_new_tokens, g.temperature, g.top_p, g.top_k, g.dtype, options, *decoder)
+    common = g.max_new_tokens, g.temperature, g.top_p, g.top_k, g.dtype, options
+    if g.decoder is None:
+        return digest(*common)
+    # Drivers import this module: torch comes in where a diffusion LM needs it.
+    from unmask.decoding.registry import decoder_config
+
+    return digest(*common, decoder_config(g.decoder), g.decoder["name"])
 
 
 def _mask_token(recipe: Recipe, path: Path, tokenizer: Any) -> int:
     """The id that no prompt may hold: a diffusion teacher's own, or the draft's to be."""
-    if recipe.generate.decoder is not None and (mask := families.read(path).mask_id) is not None:
-        return mask
+    if recipe.generate.decoder is not None:
+        from unmask.models import families
+
+        if (mask := families.read(path).mask_id) is not None:
+            return mask
     mask = recipe.draft.mask_token_id
     return unused_special_token(tokenizer) if mask is None else mask
 
@@ -224,6 +229,8 @@ def _build_engine(recipe: Recipe, path: Path, factory: Callable[..., Engine] | N
     if config.decoder is None:
         arguments = engine_arguments(recipe.target, path, dtype=config.dtype, on_gpu=on_gpu)
         return (factory or OfflineEngine)(arguments, on_gpu=on_gpu)
+    from engines.diffusion_engine import OfflineDiffusionEngine, diffusion_arguments
+
     arguments = diffusion_arguments(recipe.target, path, config.decoder, dtype=config.dtype)
     return (factory or OfflineDiffusionEngine)(arguments, on_gpu=on_gpu)
 

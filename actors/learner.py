@@ -143,7 +143,8 @@ class Learner:
         if self.first_loss is None:
             self.first_loss = means["loss"]
         if log is not None:
-            log.record(self.trainer.steps_done, means | {"seconds": self.budget.seconds_used})
+            told = {"seconds": self.budget.seconds_used, "workers": self.world_size}
+            log.record(self.trainer.steps_done, means | told)
         return means
 
     def _progress(self) -> float:
@@ -167,6 +168,6 @@ class Learner:
             "seconds": self.budget.seconds_used,
             "loss_first": self.first_loss,
             "loss_last": last.get("loss"),
-            "sequences": len(self.trainer.sequences) * self.world_size,
+            "sequences": self.trainer.sequences.total,
         }
         write_json(self.directory / SUMMARY, summary)

@@ -41,8 +41,10 @@ def run_training(job, demand: Demand) -> None:
         learn,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=demand.most,
+            num_workers=demand.most if demand.least == demand.most else (demand.least, demand.most),
             use_gpu="GPU" in demand.resources,
+            # A resize goes back to the last checkpoint: no use in looking for nodes more often than one is saved.
+            elastic_resize_monitor_interval_s=job.config.checkpoint_every_s,
             label_selector=dict(demand.labels) or None,
             resources_per_worker=dict(demand.resources),
         ),

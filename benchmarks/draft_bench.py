@@ -1,11 +1,8 @@
-"""What the draft benchmark measures with: target, trajectories, evaluation sets, training runs, and rows of results."""
+"""What the draft benchmark measures with: target, trajectories, training runs, and rows of results."""
 
 from __future__ import annotations
 
-import dataclasses
-import gzip
 import itertools
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.batched_generation import BatchedLlama, Response
+from benchmarks.draft_prompts import Prompts
+from benchmarks.draft_store import Store
 from unmask.config import DistillConfig, DraftConfig
 from unmask.decoding.speculative import speculative_decode
 from unmask.evaluation.metrics import acceptance_by_position, acceptance_length, bootstrap_interval
@@ -29,15 +28,17 @@ from unmask.training.feature_cache import FeatureCache
 from unmask.training.flops import step_flops
 from unmask.training.head import TrainingHead
 from unmask.training.sequences import SequenceSet, TokenSequence
+from unmask.training.training_state import resume_state, save_state
 from unmask.types import SamplingOptions
 
 PEAK_FLOPS = 800e12
 """bfloat16 products measured on an H100."""
+_SAVE_EVERY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Sizes and time shares (minutes) of a run."""
+    """Sizes and budgets of a run."""
 
     device: str
     shape: DraftConfig
@@ -45,70 +46,27 @@ class Scale:
     rows: int
     prompt_columns: int
     max_new_tokens: int
+    train_prompts: int | None
+    temperatures: tuple[float, ...]
+    """Of the training responses: one pass over the prompts each."""
     eval_prompts: int
     real_prompts: int
-    generate: float
-    main: float
-    comparison: float
-    ablation: float
+    main_seconds: float
+    comparison_steps: int
+    ablation_steps: int
+    second_steps: int
 
 
-class Prompts:
-    """Prompts of the data folder under the target's chat template."""
-
-    def __init__(self, folder: Path, tokenizer: Any, longest: int) -> None:
-        self.folder, self.tokenizer, self.longest = folder, tokenizer, longest
-
-    def train(self) -> list[list[int]]:
-        """GSM8K's training questions with the self-instruct prompts among them."""
-        questions = [row["question"] for row in self._rows("gsm8k/train")]
-        broad = [
-            "\n".join(filter(None, (row["instruction"], row["instances"][0]["input"])))
-            for name in ("selfinstruct/seed_tasks", "selfinstruct/user_oriented_instructions")
-            for row in self._rows(name)
-        ]
-        step = max(1, len(questions) // len(broad))
-        mixed: list[str] = []
-        for index, text in enumerate(broad):
-            mixed += [text, *questions[index * step : (index + 1) * step]]
-        return self._encode(mixed + questions[len(broad) * step :])
-
-    def gsm8k(self) -> list[list[int]]:
-        """Held-out GSM8K questions."""
-        return self._encode([row["question"] for row in self._rows("gsm8k/test")])
-
-    def mtbench(self) -> list[list[int]]:
-        """First turns of MT-bench."""
-        return self._encode([row["turns"][0] for row in self._rows("mtbench/question")])
-
-    def _rows(self, name: str) -> list[dict[str, Any]]:
-        with gzip.open(self.folder / f"{name}.jsonl.gz", "rt") as file:
-            return [json.loads(line) for line in file]
-
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of the texts that fit."""
-        encoded = (
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
-            )
-            for text in texts
-        )
-        return [ids for ids in encoded if len(ids) <= self.longest]
-
-
-def repetitive(tokens: Sequence[int]) -> bool:
-    """Whether more than 30 % of a response's 4-grams occurred before in it."""
-    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
-    return bool(grams) and 1 - len(set(grams)) / len(grams) > 0.3
+class Deadline(Exception):
+    """The call's time is used up; what is done is kept."""
 
 
 class Benchmark:
     """Target, trajectories and evaluation sets, and the rows measured on them."""
 
-    def __init__(self, scale: Scale, folder: Path, out: Path) -> None:
-        self.scale, self.out, self.start = scale, out, time.monotonic()
-        self.rows: list[dict[str, Any]] = []
-        self.notes: dict[str, Any] = {"scale": dataclasses.asdict(scale)}
+    def __init__(self, scale: Scale, prompts: Path, store: Store, deadline_s: float) -> None:
+        self.scale, self.store, self.start = scale, store, time.monotonic()
+        self.ends = self.start + deadline_s
         path = resolve_target("embedded:smollm2-135m-instruct")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
         dtype = torch.bfloat16 if scale.device == "cuda" else torch.float32
@@ -116,62 +74,70 @@ class Benchmark:
         model.to(scale.device)  # type: ignore[arg-type]
         self.sizes = draft_sizes(model.config, scale.shape, unused_special_token(self.tokenizer))
         self.target = TargetModel(model, self.sizes.target_layer_ids)
-        self.path, self.prompts = path, Prompts(folder, self.tokenizer, scale.prompt_columns)
+        self.path, self.prompts = path, Prompts(prompts, self.tokenizer, scale.prompt_columns)
         self.k = scale.shape.block_size - 1
-        self.train: list[Response] = []
-        self.sets: dict[str, list[Response]] = {}
+        self._features: FeatureCache | None = None
+        self.log("target loaded")
 
     def log(self, text: str) -> None:
         """One line with the clock."""
         print(f"[{time.monotonic() - self.start:6.1f} s] {text}", flush=True)
 
-    def save(self) -> None:
-        """Rows, and beside them what else was measured."""
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.out.write_text(json.dumps(self.rows, indent=1) + "\n")
-        self.out.with_suffix(".run.json").write_text(json.dumps(self.notes, indent=1) + "\n")
+    def check_time(self, seconds: float = 0.0) -> None:
+        """Raise `Deadline` unless this many seconds are left."""
+        if time.monotonic() + seconds > self.ends:
+            raise Deadline
 
-    def generate(self) -> None:
-        """Evaluation sets first, then training responses while time lasts: greedy once, then sampled at 0.7."""
+    @property
+    def train(self) -> list[Response]:
+        """The target's responses to training prompts."""
+        return self.store.responses("train")
+
+    @property
+    def sets(self) -> dict[str, list[Response]]:
+        """Its responses to held-out prompts, by set and temperature."""
+        return {name: self.store.responses(name) for name in self.store.names if name != "train"}
+
+    def generate(self) -> dict[str, Any]:
+        """Evaluation sets first, then the training responses; they go into the store."""
         scale = self.scale
         sampler = BatchedLlama(
             self.target.model, rows=scale.rows, prompt_columns=scale.prompt_columns,
             max_new_tokens=scale.max_new_tokens, beyond=self.k, eos_id=self.tokenizer.eos_token_id,
         )  # fmt: skip
-        sampled = {"gsm8k": self.prompts.gsm8k()[: scale.eval_prompts], "mtbench": self.prompts.mtbench()}
-        if scale.device == "cpu":
-            sampled = {name: prompts[: scale.eval_prompts] for name, prompts in sampled.items()}
-        for name, prompts in sampled.items():
+        found: dict[str, list[Response]] = {}
+        for name, prompts in (("gsm8k", self.prompts.gsm8k()), ("mtbench", self.prompts.mtbench())):
             for temperature in (0.0, 1.0):
-                self.sets[f"{name}@{temperature:g}"] = sampler.generate(prompts[: scale.rows], temperature)
-        prompts = self.prompts.train()
-        # Rows of one batch end together, so those of like length go together; batches themselves are shuffled.
+                chosen = prompts[: min(scale.eval_prompts, scale.rows)]
+                found[f"{name}@{temperature:g}"] = sampler.generate(chosen, temperature)
+        for name, responses in found.items():
+            self.log(f"{name}: {len(responses)} prompts, {sum(repetitive(r.tokens) for r in responses)} repetitive")
+        prompts = self.prompts.train()[: scale.train_prompts]
         batches = [prompts[i : i + scale.rows] for i in range(0, len(prompts), scale.rows)]
         start = time.monotonic()
-        for number, (temperature, batch) in enumerate(itertools.product((0.0, 0.7, 1.0, 0.7), batches)):
-            if number and time.monotonic() - start > 60 * scale.generate:
-                break
-            self.train += sampler.generate(batch, temperature)
-        tokens, seconds = sum(len(r.tokens) for r in self.train), time.monotonic() - start
-        self.notes["trajectories"] = {"responses": len(self.train), "tokens": tokens, "seconds": seconds}
-        self.log(f"{len(self.train)} responses, {tokens} tokens in {seconds:.1f} s")
-        # All features are kept, final states included: what does not fit is not trained on.
-        row_bytes = (len(self.sizes.target_layer_ids) + 1) * self.sizes.hidden_size * self.target.embedding.itemsize
-        room = itertools.accumulate(row_bytes * (len(r.prompt) + len(r.tokens)) for r in self.train)
-        self.train = self.train[: sum(used < scale.config.feature_cache_gb * 1e9 for used in room)]
-        for name, responses in self.sets.items():
-            self.log(f"{name}: {len(responses)} prompts, {sum(repetitive(r.tokens) for r in responses)} repetitive")
+        found["train"] = [
+            response
+            for temperature, batch in itertools.product(scale.temperatures, batches)
+            for response in sampler.generate(batch, temperature)
+        ]
+        tokens, seconds = sum(len(r.tokens) for r in found["train"]), time.monotonic() - start
+        self.log(f"{len(found['train'])} responses, {tokens} tokens in {seconds:.1f} s")
+        self.store.keep_responses(found)
+        return {"responses": len(found["train"]), "tokens": tokens, "seconds": seconds}
 
-    def features(self, config: DistillConfig, *, final: bool) -> FeatureCache:
-        """The training set, packed, with the target's features kept where the recipe says."""
-        sequences = SequenceSet(
-            [TokenSequence(r.prompt + r.tokens, len(r.prompt)) for r in self.train],
-            batch_size=1, seed=config.seed, tokens_per_step=config.tokens_per_step,
-        )  # fmt: skip
-        device = self.scale.device if config.feature_cache_device == "training" else "cpu"
+    def features(self) -> FeatureCache:
+        """The training set, packed; features are kept up to the recipe's bound and recomputed beyond it."""
+        if self._features is None:
+            self._features = self.features_of([TokenSequence(r.prompt + r.tokens, len(r.prompt)) for r in self.train])
+        return self._features
+
+    def features_of(self, texts: Sequence[TokenSequence]) -> FeatureCache:
+        """The same for other texts."""
+        config, device = self.scale.config, self.scale.device
+        sequences = SequenceSet(texts, batch_size=1, seed=config.seed, tokens_per_step=config.tokens_per_step)
         cache = FeatureCache(
             self.target, sequences, int(config.feature_cache_gb * 1e9), 65536 if device == "cuda" else 4096,
-            final=final, device=device,
+            final=True, device=device if config.feature_cache_device == "training" else "cpu",
         )  # fmt: skip
         start = time.monotonic()
         kept = cache.warm_up()
@@ -179,32 +145,55 @@ class Benchmark:
                  f"in {time.monotonic() - start:.1f} s")  # fmt: skip
         return cache
 
-    def trainer(self, config: DistillConfig, features: FeatureCache, init: str = "target") -> DraftTrainer:
-        """A fresh draft and its trainer."""
-        draft = new_draft(self.sizes, self.target.model, init, config.seed).to(self.scale.device)
+    def new_draft(self, seed: int, init: str = "target") -> DFlashDraft:
+        """A fresh draft."""
+        return new_draft(self.sizes, self.target.model, init, seed).to(self.scale.device)
+
+    def trainer(self, config: DistillConfig, features: FeatureCache, draft: DFlashDraft) -> DraftTrainer:
+        """A trainer of a draft."""
         head = TrainingHead(self.target.lm_head, [], config.head_negatives)
         return DraftTrainer(draft.train().requires_grad_(True), features, head, config)
 
-    def run(self, trainer: Any, *, seconds: float | None = None, steps: int | None = None) -> dict[str, float]:
-        """Train to a budget; speed is taken after the first ten steps, which compile."""
-        start = warm = time.monotonic()
-        done, progress, metrics = 0, 0.0, {}
+    def run(
+        self, trainer: Any, *, seconds: float | None = None, steps: int | None = None, state: Path | None = None
+    ) -> dict[str, float]:
+        """Train to a budget; speed is taken after the first ten steps of the process, which compile.
+
+        Args:
+            state: keep the training's state there, and go on from it. Without one the deadline ends the run for good.
+
+        Raises:
+            Deadline: the call's time is used up.
+        """
+        meta = (resume_state(state, trainer) if state else None) or {"seconds": 0.0}
+        used, last = meta["seconds"], time.monotonic()
+        start, saved, first, warm = last, last, trainer.steps_done, last
+        progress, metrics = self._progress(trainer, used, seconds, steps), {"loss": float("nan")}
         while progress < 1:
             metrics = trainer.step(progress)
-            done += 1
+            done = trainer.steps_done - first
             if done == 10 or done % 20 == 0:
                 self._synchronise()
-            if done == 10:
-                warm = time.monotonic()
             now = time.monotonic()
-            progress = done / steps if steps else (now - start) / seconds if seconds else 1.0
+            used, last = used + now - last, now
+            warm = now if done == 10 else warm
+            progress = self._progress(trainer, used, seconds, steps)
+            if state and (now - saved > _SAVE_EVERY_S or now > self.ends):
+                save_state(state, trainer, {"seconds": used}, keep=1)
+                saved = last = time.monotonic()
+            self.check_time()
             if done % 200 == 0:
-                self.log(f"step {done} loss {float(metrics['loss']):.3f}")
+                self.log(f"step {trainer.steps_done} loss {float(metrics['loss']):.3f}")
         self._synchronise()
-        step_seconds = (time.monotonic() - (warm if done > 10 else start)) / (done - 10 if done > 10 else done)
-        loss = float(metrics["loss"])
-        self.log(f"{done} steps, {1000 * step_seconds:.1f} ms a step, loss {loss:.3f}")
-        return {"steps": done, "step_seconds": step_seconds, "seconds": time.monotonic() - start, "loss": loss}
+        done = trainer.steps_done - first
+        taken = (time.monotonic() - warm) / (done - 10) if done > 10 else (time.monotonic() - start) / max(done, 1)
+        self.log(f"{trainer.steps_done} steps, {1000 * taken:.1f} ms a step, loss {float(metrics['loss']):.3f}")
+        return {
+            "steps": trainer.steps_done, "step_seconds": taken, "seconds": used, "loss": float(metrics["loss"])
+        }  # fmt: skip
+
+    def _progress(self, trainer: Any, used: float, seconds: float | None, steps: int | None) -> float:
+        return trainer.steps_done / steps if steps else used / (seconds or 1.0)
 
     def _synchronise(self) -> None:
         if self.scale.device == "cuda":
@@ -212,37 +201,41 @@ class Benchmark:
 
     def measure(
         self, draft: DFlashDraft, trainer: str, recipe: str, config: DistillConfig, run: dict[str, float]
-    ) -> None:
+    ) -> list[dict[str, Any]]:
         """Replay a draft on every set; one row a set, and one without repetitive responses."""
-        steps, per_step = run["steps"], config.tokens_per_step or 0
+        per_step = config.tokens_per_step or 0
         sequences = len(self.train) / max(sum(len(r.prompt) + len(r.tokens) for r in self.train) / per_step, 1)
         shared = {
             "trainer": trainer, "recipe": recipe, "seed": config.seed, "gpu_minutes": run["seconds"] / 60,
-            "tokens_seen": int(steps * per_step), "samples_per_second": sequences / run["step_seconds"],
+            "tokens_seen": int(run["steps"] * per_step), "samples_per_second": sequences / run["step_seconds"],
             "mfu": self.flops(config) / PEAK_FLOPS / run["step_seconds"], "loop": "replay",
-            "steps": int(steps), "step_ms": 1000 * run["step_seconds"], "loss": run["loss"],
+            "steps": int(run["steps"]), "step_ms": 1000 * run["step_seconds"], "loss": run["loss"],
         }  # fmt: skip
+        rows = []
         for name, responses in self.sets.items():
             texts = [TokenSequence(r.prompt + r.tokens + r.beyond, len(r.prompt)) for r in responses]
             accepted = replay_draft(self.target, draft.eval(), texts, [len(r.tokens) for r in responses])
-            self.add(shared, name, responses, accepted)
-        self.save()
+            rows += self.rows(shared, name, responses, accepted)
+        return rows
 
-    def add(self, shared: dict[str, Any], name: str, responses: Sequence[Response], accepted: list[list[int]]) -> None:
+    def rows(
+        self, shared: dict[str, Any], name: str, responses: Sequence[Response], accepted: list[list[int]]
+    ) -> list[dict[str, Any]]:
         """Rows of one set: all responses, and those that do not repeat themselves."""
         eval_set, _, temperature = name.partition("@")
         calm = [a for a, r in zip(accepted, responses, strict=True) if not repetitive(r.tokens)]
+        rows = []
         for label, of_set in ((eval_set, accepted), (f"{eval_set} without repetitive", calm)):
             pooled = [a for one in of_set for a in one]
-            self.rows.append({
+            rows.append({
                 **shared, "temperature": float(temperature), "eval_set": label, "prompts": len(of_set),
                 "acceptance_length": acceptance_length(pooled), "interval95": bootstrap_interval(of_set, draws=300),
                 "acceptance_by_position": acceptance_by_position(pooled, self.k),
             })  # fmt: skip
-        first = self.rows[-2]
-        self.log(f"{first['trainer']} {first['recipe']} seed {first['seed']} {name}: "
-                 f"{first['acceptance_length']:.3f} {[round(x, 2) for x in first['interval95']]} "
-                 f"({self.rows[-1]['acceptance_length']:.3f} without repetitive)")  # fmt: skip
+        self.log(f"{shared['trainer']} {shared['recipe']} seed {shared['seed']} {name}: "
+                 f"{rows[0]['acceptance_length']:.3f} {[round(x, 2) for x in rows[0]['interval95']]} "
+                 f"({rows[1]['acceptance_length']:.3f} without repetitive)")  # fmt: skip
+        return rows
 
     def flops(self, config: DistillConfig) -> float:
         """Model FLOPs of a packed step; anchors see half of a response and their prompt on average."""
@@ -251,22 +244,28 @@ class Benchmark:
         pairs = int(anchors * block * (before + block))
         return step_flops(self.sizes, context_rows=tokens, blocks=anchors, attended_pairs=pairs)
 
-    def real(self, draft: DFlashDraft) -> None:
+    def real(self, draft: DFlashDraft, shared: dict[str, Any]) -> list[dict[str, Any]]:
         """The real loop in float32 on a few prompts of each set, beside the replay along its own text."""
         target = TargetModel.load(self.path, self.sizes.target_layer_ids, torch.float32).to(self.scale.device)
         eos = frozenset([self.tokenizer.eos_token_id])
+        rows = []
         for name in ("gsm8k@0", "mtbench@0", "gsm8k@1"):
             chosen = self.sets[name][: self.scale.real_prompts]
-            temperature = float(name.partition("@")[2])
-            options = SamplingOptions(max_tokens=self.scale.max_new_tokens, temperature=temperature)
+            options = SamplingOptions(max_tokens=self.scale.max_new_tokens, temperature=float(name.partition("@")[2]))
             generator = torch.Generator(self.scale.device).manual_seed(0)
-            accepted = [
+            results = [
                 speculative_decode(
                     target, draft, list(r.prompt), options, num_speculative_tokens=self.k, eos_ids=eos,
                     generator=generator,
-                ).accepted
+                )
                 for r in chosen
             ]  # fmt: skip
-            shared = {"trainer": "ours", "recipe": "main", "seed": 0, "loop": "real, float32"}
-            self.add(shared, name, chosen, accepted)
-        self.save()
+            told = [Response(r.prompt, tuple(x.token_ids), ()) for r, x in zip(chosen, results, strict=True)]
+            rows += self.rows(shared | {"loop": "real, float32"}, name, told, [x.accepted for x in results])
+        return rows
+
+
+def repetitive(tokens: Sequence[int]) -> bool:
+    """Whether more than 30 % of a response's 4-grams occurred before in it."""
+    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
+    return bool(grams) and 1 - len(set(grams)) / len(grams) > 0.3

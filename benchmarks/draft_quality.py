@@ -1,38 +1,65 @@
 """Quality and speed of draft training on one GPU, with SmolLM2-135M-Instruct as the target.
 
-    python -m benchmarks.draft_quality --data DIR --out benchmarks/results/draft_quality.json --minutes 8
+    python -m benchmarks.draft_quality --data DIR --state DIR --out benchmarks/results/draft_quality.json
 
 `--data` holds gsm8k/, mtbench/ and selfinstruct/ (jsonl.gz). The target answers GSM8K's training prompts and the
 self-instruct prompts; drafts are trained on its answers, and measured by replay on held-out GSM8K prompts and on the
-first turns of MT-bench, at temperature 0 and 1, beside n-grams that fill the same K. The real loop runs on a few
-prompts to check the replay. Then speculators' DFlash on the same trajectories, and ablations at equal tokens. Rows are
-written as they come, each stage ends at its share of `--minutes`. `--tiny` proves the script on a CPU: its figures
-mean nothing.
+first turns of MT-bench, at temperature 0 and 1, beside n-grams that fill the same K, and by the real loop on a few.
+
+The work is cut into cases (`--list`), run in order unless `--cases` names some (`ablation-00` means its three seeds).
+Each leaves a JSON file in `--state`, and all rows are merged into `--out`. A case that is there is not run again, and
+the main training goes on from its last saved state, so that calls may be cut by `--deadline` (seconds) or by force.
+`--tiny` proves all of it on a CPU: its figures mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.batched_generation import Response
-from benchmarks.draft_bench import Benchmark, Scale
+from benchmarks.draft_bench import Benchmark, Deadline, Scale
+from benchmarks.draft_store import Store
 from benchmarks.speculators_dflash import SpeculatorsTrainer, unavailable
+from unmask.capture import rejected_anchors
 from unmask.config import DistillConfig, DraftConfig
 from unmask.decoding.ngram import NgramProposer, replay
-from unmask.training.feature_cache import FeatureCache
+from unmask.evaluation.replay import replay_draft
+from unmask.training.sequences import TokenSequence
+from unmask.types import ServedRequest
+
+SEEDS = range(3)
+ABLATIONS: list[tuple[str, dict[str, Any]]] = [
+    ("decay x ce", {}),
+    ("d_pace x ce", {"weighting": "d_pace"}),
+    ("first_miss x ce", {"weighting": "first_miss"}),
+    ("decay x lk_hybrid", {"loss": "lk_hybrid"}),
+    ("beta .5 target_relative T .5 late", {"beta": 0.5, "gate": "target_relative", "certainty_start": 0.3}),
+    ("beta .5 right T .5 late", {"beta": 0.5, "gate": "right", "certainty_start": 0.3}),
+    ("beta 2 right T .5", {"beta": 2.0, "gate": "right"}),
+    ("decay x kl", {"loss": "kl"}),
+    ("beta .5 prefix_right T .5 late", {"beta": 0.5, "gate": "prefix_right", "certainty_start": 0.3}),
+    ("beta .5 target_relative T 1 late",
+     {"beta": 0.5, "gate": "target_relative", "certainty_start": 0.3, "entropy_temperature": 1.0}),
+    ("beta .1 target_relative T .5 late", {"beta": 0.1, "gate": "target_relative", "certainty_start": 0.3}),
+    ("d_pace x lk_hybrid", {"weighting": "d_pace", "loss": "lk_hybrid"}),
+    ("decay x tv", {"loss": "tv"}),
+]  # fmt: skip
+"""The table, most telling lines first; equal tokens."""
+SECOND = ("more of the same", "temperature 1", "temperature 1, rejected anchors first")
+"""Second stages from the main draft, equal tokens: the first is what the others have to beat."""
+
+Outcome = tuple[list[dict[str, Any]], dict[str, Any]]
+"""Rows, and notes that are no rows."""
 
 
-def full_scale(minutes: float) -> Scale:
-    """One H100 for `minutes`."""
+def full_scale() -> Scale:
+    """One H100: 24 minutes for the main training, seconds to a minute for the others."""
     config = DistillConfig(
         max_steps=None, max_seconds=600, tokens_per_step=16384, anchors_per_step=2048, learning_rate=1.5e-3,
         schedule="cosine", warmup_fraction=0.04, ema=0.998, head_negatives=None, precision="bfloat16", compile=True,
@@ -40,143 +67,166 @@ def full_scale(minutes: float) -> Scale:
     )  # fmt: skip
     return Scale(
         "cuda", DraftConfig(num_layers=5, block_size=8), config, rows=1024, prompt_columns=256, max_new_tokens=256,
-        eval_prompts=256, real_prompts=8, generate=0.2 * minutes, main=0.3 * minutes, comparison=0.16 * minutes,
-        ablation=0.24 * minutes,
+        train_prompts=None, temperatures=(0.0, 0.7, 1.0, 0.7), eval_prompts=256, real_prompts=8, main_seconds=24 * 60,
+        comparison_steps=1500, ablation_steps=600, second_steps=1500,
     )  # fmt: skip
 
 
 def tiny_scale() -> Scale:
-    """A CPU for a minute or two."""
+    """A CPU for a few minutes."""
     config = DistillConfig(
         max_steps=None, max_seconds=600, tokens_per_step=256, anchors_per_step=128, head_negatives=None,
         precision="float32", feature_cache_gb=1.0,
     )  # fmt: skip
     return Scale(
         "cpu", DraftConfig(num_layers=1, block_size=4), config, rows=2, prompt_columns=80, max_new_tokens=6,
-        eval_prompts=2, real_prompts=1, generate=0.01, main=0.01, comparison=0.01, ablation=0.01,
+        train_prompts=4, temperatures=(0.0, 1.0), eval_prompts=2, real_prompts=1, main_seconds=3,
+        comparison_steps=2, ablation_steps=2, second_steps=2,
     )  # fmt: skip
 
 
-def ngram_rows(train: list[tuple[int, ...]], sets: dict[str, list[Response]], k: int) -> dict[str, list[list[int]]]:
-    """Accepted n-gram drafts of every response of every set (runs in a process of its own)."""
-    torch.set_num_threads(1)
-    proposer = NgramProposer(train)
-    return {
-        name: [
-            replay(proposer, r.prompt, [*r.tokens, *r.beyond], k, until=len(r.tokens)) for r in responses
-        ]
-        for name, responses in sets.items()
+def trajectories(bench: Benchmark) -> Outcome:
+    """What the target answers; everything else begins with it."""
+    return [], bench.generate()
+
+
+def ngrams(bench: Benchmark) -> Outcome:
+    """The baseline: prompt lookup, else a table of at most 4-grams of the same training responses."""
+    proposer = NgramProposer([r.tokens for r in bench.train])
+    shared = {
+        "trainer": "n-grams", "recipe": "lookup, else table", "seed": 0, "gpu_minutes": 0.0, "loop": "replay",
+        "tokens_seen": sum(len(r.tokens) for r in bench.train), "samples_per_second": None, "mfu": None,
     }  # fmt: skip
+    rows = []
+    for name, responses in bench.sets.items():
+        accepted = [replay(proposer, r.prompt, [*r.tokens, *r.beyond], bench.k, until=len(r.tokens)) for r in responses]
+        rows += bench.rows(shared, name, responses, accepted)
+    return rows, {}
 
 
-def ablations(base: DistillConfig) -> list[tuple[str, DistillConfig]]:
-    """The table, most telling lines first; base itself runs in every seed."""
-    lines: list[tuple[str, dict[str, Any]]] = [
-        ("decay x ce", {}),
-        ("d_pace x ce", {"weighting": "d_pace"}),
-        ("first_miss x ce", {"weighting": "first_miss"}),
-        ("decay x lk_hybrid", {"loss": "lk_hybrid"}),
-        ("beta .5 target_relative T .5 late", {"beta": 0.5, "gate": "target_relative", "certainty_start": 0.3}),
-        ("beta .5 right T .5 late", {"beta": 0.5, "gate": "right", "certainty_start": 0.3}),
-        ("beta 2 right T .5", {"beta": 2.0, "gate": "right"}),
-        ("decay x kl", {"loss": "kl"}),
-        ("beta .5 prefix_right T .5 late", {"beta": 0.5, "gate": "prefix_right", "certainty_start": 0.3}),
-        ("beta .5 target_relative T 1 late",
-         {"beta": 0.5, "gate": "target_relative", "certainty_start": 0.3, "entropy_temperature": 1.0}),
-        ("beta .1 target_relative T .5 late", {"beta": 0.1, "gate": "target_relative", "certainty_start": 0.3}),
-        ("d_pace x lk_hybrid", {"weighting": "d_pace", "loss": "lk_hybrid"}),
-        ("decay x tv", {"loss": "tv"}),
-    ]  # fmt: skip
-    return [(name, replace(base, seed=seed, **change)) for seed in range(3) for name, change in lines]
+def main_training(bench: Benchmark) -> Outcome:
+    """The best recipe for its time, over as many calls as it takes."""
+    config = bench.scale.config
+    trainer = bench.trainer(config, bench.features(), bench.new_draft(config.seed))
+    run = bench.run(trainer, seconds=bench.scale.main_seconds, state=bench.store.folder / "main_state")
+    bench.store.keep_draft("main", trainer.average)
+    rows = bench.measure(trainer.average, "ours", "main", config, run)
+    shared = {k: v for k, v in rows[0].items() if k not in ("prompts", "interval95")}
+    return rows + bench.real(trainer.average, shared), {"run": run}
 
 
-def run_stage(bench: Benchmark, minutes: float, stage: Callable[[float], None]) -> None:
-    """Run a stage with its budget in seconds."""
-    torch.manual_seed(0)
-    stage(60 * minutes)
-    bench.save()
+def speculators(bench: Benchmark) -> Outcome:
+    """Speculators' DFlash on the same rows of tokens, anchors and number of steps as `equal`."""
+    reason = unavailable()
+    if reason is not None:
+        bench.log(f"speculators: not run: {reason}")
+        return [], {"not run": reason}
+    config = replace(bench.scale.config, ema=0.0, learning_rate=6e-4)
+    theirs = SpeculatorsTrainer(bench.sizes, bench.features(), config)
+    run = bench.run(theirs, steps=bench.scale.comparison_steps)
+    rows = bench.measure(theirs.draft(), "speculators", "d_pace x ce, random start, AdamW", config, run)
+    return rows, {"run": run}
+
+
+def equal(bench: Benchmark) -> Outcome:
+    """Ours for the steps of `speculators`."""
+    config = bench.scale.config
+    return _train_and_measure(bench, "main, steps of speculators", config, bench.scale.comparison_steps)
+
+
+def ablation(bench: Benchmark, line: int, seed: int) -> Outcome:
+    """A line of the table."""
+    name, change = ABLATIONS[line]
+    return _train_and_measure(bench, name, replace(bench.scale.config, seed=seed, **change), bench.scale.ablation_steps)
+
+
+def second(bench: Benchmark, stage: int, seed: int) -> Outcome:
+    """A second stage from the main draft."""
+    config = replace(bench.scale.config, seed=seed, learning_rate=5e-4)
+    draft = bench.store.draft("main").to(bench.scale.device)
+    features = bench.features()
+    if stage > 0:
+        per_pass = len(bench.train) // len(bench.scale.temperatures)
+        start = per_pass * bench.scale.temperatures.index(1.0)
+        drawn = bench.train[start : start + per_pass]
+        features = bench.features_of(_texts(bench, draft, drawn, rejected=stage == 2))
+    trainer = bench.trainer(config, features, draft)
+    run = bench.run(trainer, steps=bench.scale.second_steps)
+    return bench.measure(trainer.average, "ours", f"second stage: {SECOND[stage]}", config, run), {"run": run}
+
+
+def _texts(bench: Benchmark, draft: Any, responses: list[Response], *, rejected: bool) -> list[TokenSequence]:
+    """Responses as training texts, with the anchors at which a served draft would be rejected."""
+    texts = [TokenSequence(r.prompt + r.tokens + r.beyond, len(r.prompt)) for r in responses]
+    usable = [(r, t) for r, t in zip(responses, texts, strict=True) if len(r.tokens) > 1]
+    if not rejected:
+        return [TokenSequence(r.prompt + r.tokens, len(r.prompt)) for r, _ in usable]
+    accepted = replay_draft(bench.target, draft, [t for _, t in usable], [len(r.tokens) for r, _ in usable])
+    found = []
+    for (response, _), counts in zip(usable, accepted, strict=True):
+        request = ServedRequest(
+            prompt_ids=list(response.prompt), response_ids=list(response.tokens), finish_reason="stop",
+            num_forwards=len(counts) + 1, accepted=counts, drafted=[bench.k] * len(counts),
+        )  # fmt: skip
+        anchors = tuple(len(response.prompt) + anchor for anchor in rejected_anchors(request))
+        found.append(TokenSequence(response.prompt + response.tokens, len(response.prompt), anchors))
+    return found
+
+
+def _train_and_measure(bench: Benchmark, name: str, config: DistillConfig, steps: int) -> Outcome:
+    trainer = bench.trainer(config, bench.features(), bench.new_draft(config.seed))
+    run = bench.run(trainer, steps=steps)
+    return bench.measure(trainer.average, "ours", name, config, run), {"run": run}
+
+
+def cases() -> dict[str, Callable[[Benchmark], Outcome]]:
+    """All cases by name, in the order of running."""
+    table: dict[str, Callable[[Benchmark], Outcome]] = {
+        "trajectories": trajectories, "ngrams": ngrams, "main": main_training, "speculators": speculators,
+        "equal": equal,
+    }  # fmt: skip
+    for seed in SEEDS:
+        for line in range(len(ABLATIONS)):
+            table[f"ablation-{line:02d}-seed{seed}"] = lambda b, line=line, seed=seed: ablation(b, line, seed)
+    for seed in SEEDS:
+        for stage in range(len(SECOND)):
+            table[f"second-{stage}-seed{seed}"] = lambda b, stage=stage, seed=seed: second(b, stage, seed)
+    return table
 
 
 def main() -> None:
     """See the module's docstring."""
+    table = cases()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--state", type=Path, required=True, help="folder that is kept from call to call")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/draft_quality.json"))
-    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--cases", nargs="+", default=[""], metavar="PREFIX", help="cases whose names begin so")
+    parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds of this call")
+    parser.add_argument("--list", action="store_true", help="print the cases and which are done")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--ablation-steps", type=int, default=600)
     parser.add_argument("--no-compile", action="store_true", help="train without torch.compile")
     args = parser.parse_args()
-    scale = tiny_scale() if args.tiny else full_scale(args.minutes)
+    store = Store(args.state, args.out)
+    chosen = [name for name in table if any(name.startswith(prefix) for prefix in args.cases)]
+    pending = [name for name in chosen if store.done(name) is None]
+    if args.list:
+        print("\n".join(f"{name}{'' if name in pending else '  done'}" for name in chosen))
+        return
+    store.merge()
+    scale = tiny_scale() if args.tiny else full_scale()
     if args.no_compile:
         scale = replace(scale, config=replace(scale.config, compile=False))
     torch.set_float32_matmul_precision("high")
-    bench = Benchmark(scale, args.data, args.out)
-    bench.log("target loaded")
-    bench.generate()
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        ngrams = pool.submit(ngram_rows, [r.tokens for r in bench.train], bench.sets, bench.k)
-        features = bench.features(scale.config, final=True)
-        run_stage(bench, scale.main, lambda seconds: train_main(bench, features, seconds))
-        run_stage(bench, scale.comparison, lambda seconds: compare(bench, features, seconds))
-        run_stage(bench, scale.ablation, lambda seconds: ablate(bench, features, args.ablation_steps, seconds))
-        add_ngrams(bench, ngrams)
-    bench.save()
-
-
-def train_main(bench: Benchmark, features: FeatureCache, seconds: float) -> None:
-    """The best recipe for its share of the time."""
-    config = bench.scale.config
-    trainer = bench.trainer(config, features)
-    run = bench.run(trainer, seconds=seconds)
-    bench.measure(trainer.average, "ours", "main", config, run)
-    bench.real(trainer.average)
-
-
-def compare(bench: Benchmark, features: FeatureCache, seconds: float) -> None:
-    """Speculators' DFlash and ours on the same rows of tokens, anchors and number of steps."""
-    reason = unavailable()
-    if reason is not None:
-        bench.notes["speculators"] = f"not run: {reason}"
-        bench.log(bench.notes["speculators"])
-        return
-    config = replace(bench.scale.config, ema=0.0, learning_rate=6e-4)
-    theirs = SpeculatorsTrainer(bench.sizes, features, config)
-    steps = _steps_within(bench, theirs, seconds / 2)
-    theirs = SpeculatorsTrainer(bench.sizes, features, config)
-    run = bench.run(theirs, steps=steps)
-    bench.measure(theirs.draft(), "speculators", "d_pace x ce, random start, AdamW", config, run)
-    ours = bench.trainer(bench.scale.config, features)
-    run = bench.run(ours, steps=steps)
-    bench.measure(ours.average, "ours", "main, steps of speculators", bench.scale.config, run)
-
-
-def _steps_within(bench: Benchmark, trainer: Any, seconds: float) -> int:
-    """How many steps fit a time, from a few of them."""
-    count = 2 if bench.scale.device == "cpu" else 30
-    timed = bench.run(trainer, steps=count)
-    return max(count, int(seconds / timed["step_seconds"]))
-
-
-def ablate(bench: Benchmark, features: FeatureCache, steps: int, seconds: float) -> None:
-    """Lines of the table at equal tokens while time lasts."""
-    if bench.scale.device == "cpu":
-        steps = 2
-    start = time.monotonic()
-    for name, config in ablations(bench.scale.config):
-        if time.monotonic() - start > seconds:
-            bench.log("ablations: out of time")
+    bench = Benchmark(scale, args.data, store, args.deadline)
+    for name in pending:
+        try:
+            bench.check_time()
+            torch.manual_seed(0)
+            store.finish(name, *table[name](bench))
+        except Deadline:
+            bench.log(f"out of time in '{name}'; the same command goes on from here")
             return
-        trainer = bench.trainer(config, features)
-        run = bench.run(trainer, steps=steps)
-        bench.measure(trainer.average, "ours", name, config, run)
-
-
-def add_ngrams(bench: Benchmark, ngrams: Future[dict[str, list[list[int]]]]) -> None:
-    """The baseline's rows."""
-    for name, accepted in ngrams.result().items():
-        bench.add({"trainer": "n-grams", "recipe": "lookup, else table", "seed": 0, "loop": "replay"}, name,
-                  bench.sets[name], accepted)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from unmask.models.dflash import DFlashConfig, DFlashDraft, spread_layer_ids
 from unmask.training.draft_trainer import DraftTrainer
 from unmask.training.flops import step_flops
 from unmask.training.head import TrainingHead
-from unmask.training.sequences import SequenceSet, TokenSequence
+from unmask.training.sequences import Batch, SequenceSet, TokenSequence
 
 PEAK_FLOPS = 800e12
 _KINDS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
@@ -63,7 +63,7 @@ class GivenFeatures:
     sequences: SequenceSet
     features_1TF: Tensor
 
-    def get(self, indices: tuple[int, ...]) -> Tensor:
+    def get(self, batch: Batch) -> Tensor:
         """See FeatureCache."""
         return self.features_1TF
 

@@ -81,8 +81,7 @@ class SpeculatorsTrainer:
         """One optimiser step; `loss` stays on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, progress)
-        indices = self.sequences.indices(self.steps_done)
-        batch = self.sequences.batch(indices)
+        batch = self.sequences.batch(self.sequences.rows(self.steps_done))
         documents = torch.full_like(batch.ids_BT, -1)
         start = 0
         for number, length in enumerate(batch.lengths):
@@ -90,7 +89,7 @@ class SpeculatorsTrainer:
             start += length
         columns = torch.arange(batch.ids_BT.shape[1])[None]
         device = self.target.device
-        features = self.features.get(indices)
+        features = self.features.get(batch)
         split = len(self.sizes.target_layer_ids) * self.sizes.hidden_size
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             _, loss, _ = self.model(

@@ -24,7 +24,7 @@ from unmask.config import Recipe
 from unmask.errors import ConfigError, UserError, nearest
 from unmask.recipe import load_recipe, to_tree
 
-_HELPERS = ("cli", "progress", "student_evaluation", "training")
+_HELPERS = ("chat_client", "cli", "progress", "student_evaluation", "training")
 
 DONE, USER_ERROR, FAULT, INTERRUPTED = 0, 2, 3, 130
 """Exit codes: done; the user can mend it; faults that retries did not mend; stopped by Ctrl-C or SIGTERM."""

@@ -22,7 +22,7 @@ from unmask.config import Recipe
 from unmask.errors import UserError
 from unmask.files import write_json
 from unmask.manifest import Manifest, ManifestSaver, ShardEntry
-from unmask.placement import stage_demands
+from unmask.placement import PLACING, stage_demands
 from unmask.prompt_rows import check_source
 from unmask.provenance import check_same_run, write_run
 from unmask.recipe import to_tree
@@ -32,18 +32,9 @@ from unmask.teachers import check_teacher, with_teacher
 from unmask.trajectories import inspect_shard
 from unmask.types import TargetRecord
 
-_MAY_CHANGE = frozenset(
-    f"generate.{name}"
-    for name in (
-        "min_actors",
-        "max_actors",
-        "cpus_per_actor",
-        "gpus_per_actor",
-        "labels",
-        "max_attempts",
-        "progress_every_s",
-    )
-) | frozenset(f"target.engine.{name}" for name in PLACEMENT | DIFFUSION_PLACEMENT)
+_MAY_CHANGE = frozenset(f"generate.{name}" for name in PLACING["generate"]) | frozenset(
+    f"target.engine.{name}" for name in PLACEMENT | DIFFUSION_PLACEMENT
+)
 """Fields that a resumed run may change: no response depends on them."""
 
 _TEACHER = "teacher.json"

@@ -2,7 +2,8 @@
 
 A pairing: generate, distil, evaluate, publish, gate. A student: adapt (where the recipe asks for it), generate, distil,
 evaluate, publish. A stage is skipped when it has finished and its inputs are unchanged; an
-unfinished one is resumed; one whose inputs have changed starts over, and so do the stages after it.
+unfinished one is resumed; one whose inputs have changed starts over, and so do the stages after it. Where work is
+placed is no input.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from actors.cluster import connect
-from engines.engine_options import check_engine_options
+from engines.engine_options import DIFFUSION_PLACEMENT, PLACEMENT, check_engine_options
 from pipelines.cli import Invocation, run_pipeline
 from unmask.config import DistillConfig, Recipe, TrainingConfig
 from unmask.errors import ConfigError
 from unmask.files import write_json
-from unmask.placement import stage_demands
+from unmask.placement import PLACING, stage_demands
 from unmask.prompt_rows import check_source
-from unmask.recipe import digest
+from unmask.recipe import digest, to_tree
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ INPUTS = {
     "evaluate": ("evaluate",),
     "publish": ("publish",),
     "gate": ("serve",),
+    "capture": ("serve", "on_policy"),
 }
 """Sections of the recipe that each stage reads, in the order of the stages."""
 
@@ -53,7 +55,7 @@ class Line:
         Args:
             work: does it and returns a report dataclass; told whether to start over.
         """
-        inputs = digest(self.upstream, *(getattr(self.recipe, section) for section in INPUTS[name]))
+        inputs = digest(self.upstream, *(_deciding(self.recipe, section) for section in INPUTS[name]))
         self.upstream = inputs
         record = self.run_dir / "stages" / f"{name}.json"
         before = json.loads(record.read_text()) if record.is_file() else None
@@ -68,6 +70,18 @@ class Line:
         write_json(record, {"inputs": inputs, "report": report, "wall_seconds": seconds})
         logger.info("%s: done in %.0f s", name, seconds)
         return report
+
+
+def _deciding(recipe: Recipe, section: str) -> dict[str, Any] | None:
+    """The fields of a section that decide a result: a run may go on elsewhere without doing finished work again."""
+    config = getattr(recipe, section)
+    if config is None:
+        return None
+    fields = {name: value for name, value in to_tree(config).items() if name not in PLACING.get(section, ())}
+    if section == "target":
+        placing = PLACEMENT | DIFFUSION_PLACEMENT
+        fields["engine"] = {name: value for name, value in recipe.target.engine.items() if name not in placing}
+    return fields
 
 
 def run(recipe: Recipe, run_dir: Path, *, fresh: bool = False) -> dict[str, Any]:

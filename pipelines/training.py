@@ -11,18 +11,15 @@ from typing import TYPE_CHECKING
 
 from actors.training_run import connect_for, run_training
 from unmask.config import Recipe
-from unmask.placement import stage_demands
+from unmask.placement import PLACING, Demand, stage_demands
 from unmask.provenance import check_same_run, write_run
 from unmask.recipe import to_tree
 
 if TYPE_CHECKING:
     from actors.learner import TrainingJob
 
-_MAY_CHANGE = (
-    "num_workers", "cpus_per_worker", "use_gpu", "labels", "threads_per_worker", "feature_cache_gb",
-    "checkpoint_every_s", "log_every_steps", "max_failures", "max_steps", "max_seconds",
-)  # fmt: skip
-"""Fields of a training's section that a resumed run may change: where and how long it runs, not what it learns."""
+_BUDGET = frozenset({"max_steps", "max_seconds"})
+"""A training that is gone on with may go on for longer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +53,7 @@ def train(
 
     Args:
         stage: its name in `stage_demands`.
-        sections: of the recipe, which a resumed run may not change but for `_MAY_CHANGE` of the last one.
+        sections: of the recipe, which a resumed run may not change but for placement and budget of the last one.
         make_job: called with Ray connected and the run's records written.
         fresh: delete an earlier training first.
 
@@ -68,7 +65,8 @@ def train(
     tree = {name: value for name, value in to_tree(recipe).items() if name in sections} | {"run_dir": recipe.run_dir}
     if fresh:
         shutil.rmtree(directory, ignore_errors=True)
-    check_same_run(directory, tree, ignore=frozenset(f"{sections[-1]}.{name}" for name in _MAY_CHANGE))
+    may_change = PLACING[sections[-1]] | _BUDGET
+    check_same_run(directory, tree, ignore=frozenset(f"{sections[-1]}.{name}" for name in may_change))
     write_run(directory, tree)
     [demand] = stage_demands(recipe)[stage]
     connect_for(demand)
@@ -79,4 +77,9 @@ def train(
 
 def placement(recipe: Recipe, stage: str) -> str:
     """What `--plan` says of a stage that trains."""
-    return "".join(f"# {stage}: {d.most} workers, each {d}\n" for d in stage_demands(recipe)[stage])
+    demands = stage_demands(recipe)[stage]
+    return "".join(f"# {stage}: {_count(d)} workers, each {d}\n" for d in demands)
+
+
+def _count(demand: Demand) -> str:
+    return str(demand.most) if demand.least == demand.most else f"{demand.least} to {demand.most}"

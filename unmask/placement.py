@@ -11,6 +11,29 @@ from dataclasses import dataclass, field
 
 from unmask.config import DistillConfig, Recipe, ServeConfig, TrainingConfig
 
+_TRAINING = frozenset(
+    {"num_workers", "min_workers", "cpus_per_worker", "use_gpu", "labels", "threads_per_worker"}
+    | {"checkpoint_every_s", "log_every_steps", "max_failures"}
+)
+
+PLACING: Mapping[str, frozenset[str]] = {
+    "generate": frozenset(
+        {"min_actors", "max_actors", "cpus_per_actor", "gpus_per_actor", "labels", "max_attempts", "progress_every_s"}
+    ),
+    "adapt": _TRAINING,
+    "distill": _TRAINING | {"feature_cache_gb", "feature_cache_device"},
+    "student": _TRAINING,
+    "evaluate": frozenset({"num_workers", "cpus_per_worker", "use_gpu", "labels"}),
+    "serve": frozenset(
+        {"host", "port", "target_replicas", "max_target_replicas", "draft_replicas", "max_draft_replicas"}
+        | {"target_cpus", "target_gpus", "target_labels", "draft_cpus", "draft_gpus", "draft_labels", "ingress_labels"}
+        | {"diffusion_replicas", "diffusion_cpus", "diffusion_gpus", "diffusion_labels"}
+        | {"scale_up_after_s", "scale_down_after_s", "target_tokens_per_second"}
+    ),
+}
+"""By section: fields that say where a stage runs and how it is watched. No result depends on them, so that a run may go
+on with others of them, on another cluster."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
@@ -83,7 +106,7 @@ def _workers(name: str, training: DistillConfig | TrainingConfig) -> Demand:
         name=name,
         resources=_resources(training.cpus_per_worker, float(training.use_gpu)),
         labels=training.labels,
-        least=training.num_workers,
+        least=training.min_workers or training.num_workers,
         most=training.num_workers,
     )
 

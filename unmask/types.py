@@ -76,6 +76,10 @@ class SamplingOptions:
     """Report this many top log-probabilities a token; None reports none."""
     json_schema: str | None = None
     """A JSON schema (as JSON text) that the response must follow, where the backend can enforce it."""
+    structural_tag: str | None = None
+    """A structural tag of xgrammar's (as JSON text) that the response must follow: the frame of tool calls."""
+    gather_s: float = 0.0
+    """For how long a replica may gather tokens, in seconds, before it passes them on."""
     decoder: dict[str, Any] | None = None
     """How a diffusion LM decodes this request; None leaves it to the service."""
 
@@ -90,6 +94,22 @@ class TokenDelta:
     """One mapping token id -> log-probability a token, the sampled id included."""
     num_forwards: int | None = None
     """On the last delta, the target forwards that emitted the response's tokens, where the backend counts them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedRequest:
+    """A request that ended by itself, as the engine saw it: what `unmask.capture` keeps."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    finish_reason: FinishReason
+    num_forwards: int
+    accepted: list[int] = field(default_factory=list)
+    """Accepted drafts of each verification, in order."""
+    drafted: list[int] = field(default_factory=list)
+    """Drafts that each verification was given."""
+    cached_tokens: int = 0
+    """Prompt tokens that the engine took from its prefix cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

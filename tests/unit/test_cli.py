@@ -80,8 +80,9 @@ def test_plan_prints_and_does_nothing(recipe: str, capsys: pytest.CaptureFixture
 
 
 def test_wrong_recipe_is_refused_before_anything_heavy_is_imported() -> None:
+    """Nor does a driver import torch later: it lives as long as the job."""
     code = (
-        "import sys, pipelines.generate as g\n"
+        "import sys, pipelines.generate as g, pipelines.run, actors.generation_pool, actors.generator\n"
         "from pipelines.cli import run_pipeline\n"
         "assert run_pipeline(g.main, ['missing.yaml']) == 2\n"
         "print(*sorted({'ray', 'torch', 'vllm', 'transformers'} & sys.modules.keys()))\n"

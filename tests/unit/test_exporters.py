@@ -1,4 +1,4 @@
-"""Drafts in z-lab's and speculators' layouts, pairings refused by name, and the gate's diagnosis."""
+"""Drafts in z-lab's and speculators' layouts, and pairings refused by name."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from tests.draft_tools import record, tiny_pair
 from unmask.checkpoints import CONFIDENCE, check_pairing, load_confidence, load_draft, read_config, save_draft
 from unmask.errors import CheckpointError, PairingError
-from unmask.evaluation.diagnosis import Served, likely_cause
 from unmask.objectives.confidence import ConfidenceHead
-from unmask.targets import describe_target, resolve_target
+from unmask.targets import describe_target
 
 GOLDEN_SPECULATORS = {
     "architectures": ["DFlashDraftModel"],
@@ -96,29 +95,17 @@ def test_layer_ids_off_by_one_are_refused_by_name(tmp_path: Path, form: str) -> 
         check_pairing(tmp_path / "draft", record())
 
 
-@pytest.fixture(scope="module")
-def target_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tokenizer and config of the embedded target, with other weights, so that copies are small."""
-    source = resolve_target("embedded:smollm2-135m-instruct")
-    path = tmp_path_factory.mktemp("target")
-    for file in source.iterdir():
-        if file.suffix in (".json", ".jinja"):
-            (path / file.name).write_bytes(file.read_bytes())
-    (path / "model.safetensors").write_bytes(b"weights")
-    return path
-
-
 @pytest.mark.parametrize(("change", "field"), [("template", "chat_template_hash"), ("tokenizer", "tokenizer_hash")])
 def test_another_template_or_tokenizer_is_refused_by_name(
-    tmp_path: Path, target_copy: Path, change: str, field: str
+    tmp_path: Path, light_target: Path, change: str, field: str
 ) -> None:
-    before = describe_target(target_copy)
+    before = describe_target(light_target)
     draft = tiny_pair()[1]
     sizes = {name: getattr(before, name) for name in ("revision", "tokenizer_hash", "chat_template_hash")}
     save_draft(draft, tmp_path / "draft", record(**sizes))
     changed = tmp_path / "changed"
     changed.mkdir()
-    for file in target_copy.iterdir():
+    for file in light_target.iterdir():
         (changed / file.name).write_bytes(file.read_bytes())
     if change == "template":
         for name in ("chat_template.jinja", "tokenizer_config.json"):
@@ -150,22 +137,3 @@ def test_a_confidence_head_lies_where_loaders_of_drafts_do_not_look(tmp_path: Pa
     assert loaded is not None
     assert torch.equal(loaded.weight, head.weight)
     assert load_confidence(tmp_path / "plain") is None
-
-
-def served(accepted: list[int], evaluated: list[int], **changes: int) -> Served:
-    figures = {"prompt_tokens": 20, "prompt_tokens_evaluated": 20, "cached_tokens": 0} | changes
-    return Served(accepted=accepted, accepted_evaluated=evaluated, **figures)
-
-
-@pytest.mark.parametrize(
-    ("requests", "cause"),
-    [
-        ([served([2, 2], [2, 2], prompt_tokens=24)], "chat template"),
-        ([served([2, 3], [2, 3]), served([1, 0, 1], [3, 2], cached_tokens=16)], "prefix cache"),
-        ([served([0, 0, 1, 0], [3, 2, 3, 3])], "layer ids"),
-        ([served([3, 3, 2, 1], [3, 3, 3, 3])], "RoPE"),
-        ([served([2, 2, 2, 2], [3, 3, 3, 3])], "weights"),
-    ],
-)
-def test_the_likely_cause_is_named(requests: list[Served], cause: str) -> None:
-    assert cause in likely_cause(requests)

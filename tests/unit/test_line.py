@@ -4,7 +4,15 @@ import dataclasses
 from dataclasses import dataclass
 
 from pipelines.run import Line, table
-from unmask.config import Recipe
+from unmask.config import AdaptConfig, Recipe, StudentConfig
+from unmask.placement import PLACING
+from unmask.recipe import parse_recipe, to_tree
+
+OTHER = {
+    int: 3, float: 3.0, bool: True, dict: {"role": "other"}, type(None): 3, str: "other",
+    "feature_cache_device": "training",
+}  # fmt: skip
+"""Another value for a field, by its name or its type."""
 
 
 @dataclass
@@ -30,6 +38,28 @@ def test_a_changed_stage_starts_over_with_all_that_follow(tmp_path):
     changed = dataclasses.replace(Recipe(), distill=distill)
     assert go(changed, tmp_path, []) == [("distill", True), ("evaluate", True)]
     assert go(changed, tmp_path, []) == []
+
+
+def test_another_placement_changes_nothing(tmp_path):
+    """Every field that only places work may differ: the run goes on upon another cluster."""
+    go(Recipe(), tmp_path, [])
+    tree = {"target": {"engine": {"max_num_seqs": 7, "enforce_eager": True}}}
+    for section, names in PLACING.items():
+        if section not in ("adapt", "student"):
+            defaults = to_tree(getattr(Recipe(), section))
+            tree[section] = {name: OTHER.get(name, OTHER[type(defaults[name])]) for name in names}
+    tree["distill"] |= {"sequences_per_step": 2, "num_workers": 2, "min_workers": 1}
+    moved = parse_recipe(tree)
+    assert moved != Recipe()
+    assert go(moved, tmp_path, []) == []
+    other_engine = dataclasses.replace(Recipe().target, engine={"quantization": "fp8"})
+    assert go(dataclasses.replace(Recipe(), target=other_engine), tmp_path, [])[0] == ("generate", True)
+
+
+def test_every_placing_field_exists():
+    for section, names in PLACING.items():
+        cls = {"adapt": AdaptConfig, "student": StudentConfig}.get(section) or type(getattr(Recipe(), section))
+        assert names <= {field.name for field in dataclasses.fields(cls)}
 
 
 def test_an_unfinished_stage_is_resumed(tmp_path):

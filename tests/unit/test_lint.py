@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
+from engines.versions import TESTED
 from pipelines.lint.__main__ import check, main, read
 from pipelines.lint.kubernetes import amount
 from unmask.errors import UserError
@@ -34,6 +37,20 @@ def test_every_file_of_the_project_is_good(capsys: pytest.CaptureFixture[str]) -
     output = capsys.readouterr()
     assert not output.err
     assert len(output.out.splitlines()) == len(SHIPPED)
+
+
+def test_the_image_installs_versions_that_the_project_allows() -> None:
+    lines = (ROOT / "requirements" / "gpu.txt").read_text().splitlines()
+    pins = {pin.name: pin for line in lines if not line.startswith("#") for pin in [Requirement(line)]}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [Requirement(text) for text in (*project["dependencies"], *project["optional-dependencies"]["gpu"])]
+    assert pins.keys() == {requirement.name for requirement in wanted}
+    for requirement in wanted:
+        [specifier] = pins[requirement.name].specifier
+        assert specifier.operator == "=="
+        assert requirement.specifier.contains(specifier.version)
+    assert str(pins["vllm"].specifier) == f"=={TESTED['v2'][0]}"
+    assert "--constraint requirements/gpu.txt" in (ROOT / "deploy" / "Dockerfile").read_text()
 
 
 @pytest.mark.parametrize("name", ["cluster.yaml", "deploy/gcp.yaml"])

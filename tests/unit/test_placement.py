@@ -19,14 +19,14 @@ TARGET = NodeType(name="target", resources={"CPU": 16, "GPU": 2}, labels={"role"
 def test_a_recipe_names_what_its_stages_ask_for() -> None:
     tree = {
         "generate": {"min_actors": 2, "max_actors": 8, "gpus_per_actor": 1, "labels": {"role": "generate"}},
-        "distill": {"num_workers": 3, "use_gpu": True},
+        "distill": {"num_workers": 3, "min_workers": 2, "sequences_per_step": 3, "use_gpu": True},
         "serve": {"target_gpus": 0.5, "max_target_replicas": 4, "ingress_labels": {"role": "head"}},
     }
     demands = stage_demands(parse_recipe(tree))
     generate, distill = demands["generate"][0], demands["distill"][0]
     assert (generate.resources, generate.labels) == ({"CPU": 1, "GPU": 1}, {"role": "generate"})
     assert (generate.least, generate.most) == (2, 8)
-    assert (distill.resources, distill.least, distill.most) == ({"CPU": 1, "GPU": 1}, 3, 3)
+    assert (distill.resources, distill.least, distill.most) == ({"CPU": 1, "GPU": 1}, 2, 3)
     target, draft, ingress = demands["serve"]
     assert (target.resources, target.least, target.most) == ({"CPU": 1, "GPU": 0.5}, 1, 4)
     assert (draft.resources, draft.most) == ({"CPU": 1}, 1)

@@ -217,7 +217,7 @@ def test_files_that_hold_nothing_useful_are_refused(tmp_path: Path) -> None:
     ("name", "content"),
     [
         ("cut.parquet", b"PAR1nonsense"),
-        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 1000)[:-20]),
+        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 1000, mtime=0)[:-20]),
         ("not.jsonl.gz", b"plain"),
         ("cut.json", b'[{"prompt": "x"}'),
     ],

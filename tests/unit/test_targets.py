@@ -3,79 +3,114 @@
 from __future__ import annotations
 
 import json
-import os
+import mmap
 import shutil
+import struct
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from unmask import embedded_target
 from unmask.config import EMBEDDED_TARGET
 from unmask.embedded_target import _gguf_path
 from unmask.errors import CheckpointError
-from unmask.files import verify_directory
+from unmask.files import atomic_directory, verify_directory
 from unmask.targets import describe_target, resolve_target, unused_special_token
 
-
-@pytest.fixture(scope="module")
-def target() -> Path:
-    return resolve_target(EMBEDDED_TARGET)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(target: Path):
-    return AutoTokenizer.from_pretrained(target)
+Q4_1 = 3
+_FORMS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+"""Of GGUF's scalar types, by number."""
 
 
 @pytest.fixture(scope="module")
-def gguf() -> GGUFReader:
-    return GGUFReader(_gguf_path())
+def tokenizer(embedded: Path):
+    return AutoTokenizer.from_pretrained(embedded)
 
 
 @pytest.fixture
-def model_dir(tmp_path: Path, target: Path) -> Path:
+def model_dir(tmp_path: Path, light_target: Path) -> Path:
     """A directory with everything that a target needs, and one tensor."""
     directory = tmp_path / "model"
     directory.mkdir()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(target / name, directory)
-    save_file({"weight": torch.zeros(2)}, directory / "model.safetensors")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        shutil.copy(light_target / name, directory)
     return directory
 
 
-def q4_1_row(blocks: np.ndarray) -> list[float]:
+@pytest.fixture(scope="module")
+def gguf() -> dict[str, tuple[tuple[int, ...], memoryview]]:
+    """Shape and bytes of each tensor of the GGUF file, read by the letter of its format, version 3."""
+    with _gguf_path().open("rb") as file:
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    at = 4
+
+    def take(form: str) -> Any:
+        nonlocal at
+        [value] = struct.unpack_from("<" + form, data, at)
+        at += struct.calcsize("<" + form)
+        return value
+
+    def text() -> str:
+        return take(f"{take('Q')}s").decode()
+
+    def value(kind: int) -> object:
+        if kind == 8:
+            return text()
+        if kind == 9:
+            of, count = take("I"), take("Q")
+            return [value(of) for _ in range(count)]
+        return take(_FORMS[kind])
+
+    assert (bytes(data[:4]), take("I")) == (b"GGUF", 3)
+    num_tensors, num_fields = take("Q"), take("Q")
+    for _ in range(num_fields):
+        text()
+        value(take("I"))
+    found = []
+    for _ in range(num_tensors):
+        name, rank = text(), take("I")
+        found.append((name, tuple(take("Q") for _ in range(rank)), take("I"), take("Q")))
+    start = -(-at // 32) * 32
+    return {name: (shape, data[start + offset :]) for name, shape, kind, offset in found if kind == Q4_1}
+
+
+def q4_1_row(blocks: bytes) -> list[float]:
     """Slow reading of one row of Q4_1 blocks: 32 weights from a scale, a minimum and 16 bytes of nibbles."""
     weights: list[float] = []
-    for block in blocks.reshape(-1, 20):
-        scale, minimum = block[:4].view(np.float16).astype(np.float32)
-        low = [int(byte) & 15 for byte in block[4:]]
-        high = [int(byte) >> 4 for byte in block[4:]]
-        weights += [float(scale * nibble + minimum) for nibble in low + high]
+    for at in range(0, len(blocks), 20):
+        scale, minimum = np.frombuffer(blocks[at : at + 4], np.float16).astype(np.float32)
+        nibbles = blocks[at + 4 : at + 20]
+        weights += [float(scale * n + minimum) for n in [*(b & 15 for b in nibbles), *(b >> 4 for b in nibbles)]]
     return weights
 
 
 @pytest.mark.parametrize(("part", "name"), [("attn_q", "q_proj"), ("attn_k", "k_proj"), ("attn_v", "v_proj")])
-def test_weights_equal_a_slow_reading_of_the_gguf(target: Path, gguf: GGUFReader, part: str, name: str) -> None:
-    tensor = next(t for t in gguf.tensors if t.name == f"blk.3.{part}.weight")
-    weight = load_file(target / "model.safetensors")[f"model.layers.3.self_attn.{name}.weight"]
+def test_weights_equal_a_slow_reading_of_the_gguf(embedded: Path, gguf, part: str, name: str) -> None:
+    (width, _), data = gguf[f"blk.3.{part}.weight"]
+    with safe_open(embedded / "model.safetensors", "pt") as file:
+        weight = file.get_tensor(f"model.layers.3.self_attn.{name}.weight")
+    row_bytes = width // 32 * 20
     for row in (0, 1, 31, 32, 33, 64, 100, 191):
         head, inside = divmod(row, 64)
         # GGUF puts rows i and i + 32 of a head next to each other.
         stored = row if part == "attn_v" else head * 64 + 2 * (inside % 32) + inside // 32
-        expected = torch.tensor(q4_1_row(tensor.data[stored])).to(torch.bfloat16)
+        row_data = bytes(data[stored * row_bytes : (stored + 1) * row_bytes])
+        expected = torch.tensor(q4_1_row(row_data)).to(torch.bfloat16)
         assert torch.equal(weight[row], expected)
 
 
-def test_target_answers_in_english(target: Path, tokenizer) -> None:
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
-    prompt = tokenizer("The capital of France is", return_tensors="pt")
-    output = model.generate(**prompt, max_new_tokens=4, do_sample=False)
-    assert "Paris" in tokenizer.decode(output[0])
+def test_target_answers_in_english(embedded: Path, tokenizer) -> None:
+    model = AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.bfloat16)
+    with torch.no_grad():
+        logits = model(**tokenizer("The capital of France is", return_tensors="pt")).logits
+    assert tokenizer.decode([int(logits[0, -1].argmax())]) == " Paris"
 
 
 def test_tokenizer_knows_its_special_tokens(tokenizer) -> None:
@@ -98,18 +133,30 @@ def test_tokenizer_splits_digits_and_loses_nothing(tokenizer, text: str) -> None
     assert all(sum(c.isdigit() for c in tokenizer.decode([i])) <= 1 for i in ids)
 
 
-def test_damaged_cache_is_rebuilt(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = tmp_path / target.name
-    shutil.copytree(target, copy, copy_function=os.link)
-    (copy / "config.json").unlink()
-    (copy / "config.json").write_text("{}")
-    assert not verify_directory(copy)
+@pytest.mark.parametrize("convert", ["by copying", pytest.param("for real", marks=pytest.mark.slow)])
+def test_damaged_cache_is_rebuilt(
+    embedded: Path, light_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, convert: str
+) -> None:
+    source = embedded
+    if convert == "by copying":
+        source = light_target
+        monkeypatch.setattr(
+            embedded_target, "_convert", lambda _, building: shutil.copytree(source, building, dirs_exist_ok=True)
+        )
+    damaged = tmp_path / embedded.name
+    with atomic_directory(damaged) as building:
+        shutil.copy(source / "tokenizer.json", building)
+    (damaged / "tokenizer.json").write_text("{}")
+    assert not verify_directory(damaged)
     monkeypatch.setenv("UNMASK_CACHE", str(tmp_path))
     rebuilt = resolve_target(EMBEDDED_TARGET)
-    assert rebuilt == copy
+    assert rebuilt == damaged
     assert verify_directory(rebuilt)
-    assert describe_target(rebuilt) == describe_target(target)
-    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+    assert describe_target(rebuilt) == describe_target(source)
+    assert [path.name for path in tmp_path.iterdir()] == [embedded.name]
+    before = (rebuilt / "config.json").stat().st_mtime_ns
+    assert resolve_target(EMBEDDED_TARGET) == rebuilt
+    assert (rebuilt / "config.json").stat().st_mtime_ns == before
 
 
 def test_record_holds_sizes_and_follows_the_content(model_dir: Path) -> None:

@@ -1,18 +1,23 @@
 """Training: data order, schedules, caches, exact resume, and a draft that learns."""
 
 import dataclasses
+import functools
+import itertools
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.draft_tools import VOCAB, tiny_pair
 from unmask.config import DistillConfig
 from unmask.decoding.speculative import speculative_decode
 from unmask.errors import UserError
+from unmask.objectives.confidence import ConfidenceHead
 from unmask.training.budget import Budget
 from unmask.training.draft_trainer import DraftTrainer
 from unmask.training.drafting_forward import DraftingForward, training_blocks
@@ -27,7 +32,10 @@ from unmask.types import SamplingOptions
 CONFIG = DistillConfig(max_steps=40, max_seconds=None, precision="float32", anchors_per_sequence=4, head_negatives=None)
 
 
-def responses(target, count=8, length=14):
+@functools.cache
+def responses(count=8, length=14):
+    """Prompts with what the tiny target says."""
+    target, _ = tiny_pair()
     sequences = []
     for start in range(count):
         prompt = [3 + start, 9]
@@ -37,42 +45,66 @@ def responses(target, count=8, length=14):
     return sequences
 
 
-def trainer(config=CONFIG, cache_bytes=10**8, **kwargs):
+def trainer(config=CONFIG, cache_bytes=10**8, rank=0, **kwargs):
     target, draft = tiny_pair()
     torch.manual_seed(0)
+    texts = responses()
     sequences = SequenceSet(
-        responses(target),
+        texts,
         batch_size=config.sequences_per_step,
         seed=config.seed,
+        rank=rank,
+        world_size=kwargs.get("world_size", 1),
         tokens_per_step=config.tokens_per_step,
     )
     features = FeatureCache(target, sequences, cache_bytes)
-    occurring = {t for s in sequences.sequences for t in s.ids}
-    head = TrainingHead(target.lm_head, occurring, config.head_negatives)
+    head = TrainingHead(target.lm_head, {t for s in texts for t in s.ids}, config.head_negatives)
+    confidence = ConfidenceHead(draft.config.hidden_size, draft.config.block_size - 1)
+    kwargs |= {"confidence": confidence} if config.confidence_weight else {}
     return DraftTrainer(draft.train().requires_grad_(True), features, head, config, **kwargs)
 
 
-@given(count=st.integers(4, 40), world=st.integers(1, 3), batch=st.integers(1, 3), seed=st.integers(0, 5))
-def test_an_epoch_visits_every_sequence_once(count, world, batch, seed):
-    sequences = [TokenSequence((i, i, i), 1) for i in range(count)]
-    if count < world * batch:
-        with pytest.raises(UserError, match="sequences_per_step"):
-            SequenceSet(sequences, batch_size=batch, seed=seed, rank=0, world_size=world)
-        return
-    owned = []
-    for rank in range(world):
-        ours = SequenceSet(sequences, batch_size=batch, seed=seed, rank=rank, world_size=world)
-        steps = len(ours) // batch
-        visited = [i for step in range(steps) for i in ours.indices(step)]
-        assert len(visited) == len(set(visited)) == steps * batch
-        assert visited == [i for step in range(steps) for i in ours.indices(step)]
-        owned += [s.ids[0] for s in ours.sequences]
-    assert len(owned) == len(set(owned)) == count - count % world
+@settings(deadline=None, max_examples=25)
+@given(
+    lengths=st.lists(st.integers(3, 60), min_size=4, max_size=30),
+    rows=st.integers(1, 4),
+    packed=st.booleans(),
+    seed=st.integers(0, 5),
+)
+def test_any_number_of_ranks_takes_the_same_steps(lengths, rows, packed, seed):
+    texts = [TokenSequence((i, *range(length)), 1) for i, length in enumerate(lengths)]
+    options = {"batch_size": rows, "seed": seed, "tokens_per_step": 128 if packed else None}
+    visited = []
+    for world in range(1, rows + 1):
+        ranks = [SequenceSet(texts, rank=rank, world_size=world, **options) for rank in range(world)]
+        assert sorted(s.ids[0] for ours in ranks for s in ours.sequences) == list(range(len(texts)))
+        steps = []
+        for step in range(2 * -(-len(texts) // rows)):
+            rows_of_step = {}
+            for ours in ranks:
+                chosen = [tuple(ours.sequences[i].ids[0] for i in row) for row in ours.rows(step)]
+                rows_of_step |= zip(ours.row_numbers, chosen, strict=True)
+            steps.append([rows_of_step[number] for number in range(rows)])
+        visited.append(steps)
+    assert all(steps == visited[0] for steps in visited)
+    for number in range(rows):
+        own = range(number, len(texts), rows)
+        of_row = [i for step in visited[0] for i in step[number]]
+        assert all(sorted(of_row[at : at + len(own)]) == list(own) for at in (0, len(own)))
+
+
+def test_more_workers_than_rows_are_refused():
+    texts = [TokenSequence((i, i, i), 1) for i in range(8)]
+    for rows, world in ((9, 1), (2, 3)):
+        with pytest.raises(UserError, match=r"^distill\.sequences_per_step: only 8 sequences"):
+            SequenceSet(texts, batch_size=rows, seed=0, world_size=world)
+    with pytest.raises(UserError, match=r"^distill\.rows_per_step"):
+        SequenceSet(texts, batch_size=2, seed=0, world_size=3, tokens_per_step=128)
 
 
 def test_padding_and_response_flags():
     sequences = SequenceSet([TokenSequence((5, 6, 7), 1), TokenSequence((8, 9, 8, 9, 8), 2)], batch_size=1, seed=0)
-    batch = sequences.batch([0, 1])
+    batch = sequences.padded([0, 1])
     assert batch.ids_BT.tolist() == [[5, 6, 7, 0, 0], [8, 9, 8, 9, 8]]
     assert batch.response_BT.long().tolist() == [[0, 1, 1, 0, 0], [0, 0, 1, 1, 1]]
 
@@ -81,19 +113,22 @@ def test_cached_and_recomputed_features_are_equal():
     whole, nothing = trainer().features, trainer(cache_bytes=0).features
     assert whole.warm_up() == 8
     assert nothing.warm_up() == 0
-    torch.testing.assert_close(whole.get((1, 5)), nothing.get((1, 5)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        *(cache.get(cache.sequences.padded((1, 5))) for cache in (whole, nothing)), atol=1e-5, rtol=0
+    )
     half = trainer(cache_bytes=whole.bytes // 2).features
     assert 0 < half.warm_up() < 8
     assert half.bytes <= whole.bytes // 2
 
 
+@settings(deadline=None, max_examples=25)
 @given(lengths=st.lists(st.integers(3, 40), min_size=4, max_size=30), seed=st.integers(0, 5))
 def test_packed_rows_hold_every_sequence_once_an_epoch(lengths, seed):
     texts = [TokenSequence(tuple(range(2, 2 + length)), 1) for length in lengths]
     sequences = SequenceSet(texts, batch_size=1, seed=seed, tokens_per_step=128)
     visited, step = [], 0
     while len(visited) < len(texts):
-        batch = sequences.batch(sequences.indices(step))
+        batch = sequences.batch(sequences.rows(step))
         assert sum(batch.lengths) <= 128 == batch.ids_BT.shape[1]
         start = 0
         for index, length in zip(batch.indices, batch.lengths, strict=True):
@@ -110,13 +145,13 @@ def test_packed_rows_hold_every_sequence_once_an_epoch(lengths, seed):
 def test_packed_and_padded_blocks_are_the_same():
     """Hidden states of every anchor, several sequences in one row or each in its own."""
     target, draft = tiny_pair()
-    texts = responses(target, count=3)
+    texts = responses(count=3)
     forward = DraftingForward(draft)
     states = []
     for tokens in (None, 128):
         sequences = SequenceSet(texts, batch_size=1, seed=0, tokens_per_step=tokens)
-        batch = sequences.batch((0, 1, 2))
-        features = FeatureCache(target, sequences, 10**8).get((0, 1, 2))
+        batch = sequences.batch([(0,), (1,), (2,)] if tokens is None else [(0, 1, 2)])
+        features = FeatureCache(target, sequences, 10**8).get(batch)
         offsets = [0, 0, 0] if tokens is None else [0, len(texts[0].ids), len(texts[0].ids) + len(texts[1].ids)]
         anchors = torch.tensor([[2 + o, 7 + o] for o in offsets])
         anchors = anchors if tokens is None else anchors.view(1, -1)
@@ -130,7 +165,7 @@ def test_packed_and_padded_blocks_are_the_same():
 def test_a_packed_step_learns():
     config = dataclasses.replace(CONFIG, tokens_per_step=128, anchors_per_step=128, learning_rate=1e-2)
     learner = trainer(config)
-    losses = [learner.step(step / 30)["loss"] for step in range(30)]
+    losses = [learner.step(step / 12)["loss"] for step in range(12)]
     assert losses[-1] < 0.6 * losses[0]
 
 
@@ -164,41 +199,33 @@ def test_budget_ends_at_the_first_limit():
     assert Budget(None, 4.0, seconds_used=9.0).progress(0) == 1.0
 
 
-def test_a_draft_learns_its_targets_text():
-    learner = trainer(dataclasses.replace(CONFIG, learning_rate=1e-2, max_steps=150))
-    first = learner.step(0.0)["loss"]
-    for step in range(1, 150):
-        last = learner.step(step / 150)
-    assert last["loss"] < 0.2 * first
-    sequence = learner.sequences.sequences[0]
-    prompt = list(sequence.ids[: sequence.prompt_length])
-    options = SamplingOptions(max_tokens=14, ignore_eos=True)
-    result = speculative_decode(
-        learner.features.target, learner.average.eval(), prompt, options, num_speculative_tokens=3, eos_ids=frozenset()
-    )
-    assert result.token_ids == list(sequence.ids[sequence.prompt_length :])
-    assert result.acceptance_length > 2.5
+def test_a_draft_learns_its_targets_text(trained_pair):
+    assert trained_pair.losses[-1] < 0.2 * trained_pair.losses[0]
+    for prompt in trained_pair.prompts:
+        own, paired = trained_pair.decode(prompt, None), trained_pair.decode(prompt, trained_pair.draft)
+        assert paired.token_ids == own.token_ids
+        assert paired.acceptance_length > 2.5
 
 
 def test_the_certainty_term_sharpens_what_is_right():
     plain = trainer(dataclasses.replace(CONFIG, learning_rate=1e-2, beta=1e-6))
     forced = trainer(dataclasses.replace(CONFIG, learning_rate=1e-2, beta=2.0))
-    for step in range(60):
-        of_plain, of_forced = plain.step(step / 60), forced.step(step / 60)
+    for step in range(25):
+        of_plain, of_forced = plain.step(step / 25), forced.step(step / 25)
     assert of_forced["entropy"] < of_plain["entropy"]
 
 
 def test_a_resumed_run_is_bit_identical(tmp_path):
     config = dataclasses.replace(CONFIG, head_negatives=10)
     unbroken = trainer(config)
-    losses = [unbroken.step(step / 40)["loss"] for step in range(12)]
+    losses = [unbroken.step(step / 40)["loss"] for step in range(6)]
     broken = trainer(config)
-    for step in range(6):
+    for step in range(3):
         assert broken.step(step / 40)["loss"] == losses[step]
     save_state(tmp_path, broken, {"seconds_used": 3.5})
     resumed = trainer(config)
-    assert resume_state(tmp_path, resumed) == {"seconds_used": 3.5, "steps_done": 6}
-    assert [resumed.step(step / 40)["loss"] for step in range(6, 12)] == losses[6:]
+    assert resume_state(tmp_path, resumed) == {"seconds_used": 3.5, "steps_done": 3}
+    assert [resumed.step(step / 40)["loss"] for step in range(3, 6)] == losses[3:]
     for ours, theirs in zip(resumed.average.parameters(), unbroken.average.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -217,36 +244,57 @@ def test_only_sound_checkpoints_are_resumed(tmp_path):
     assert resume_state(tmp_path, trainer()) is None
 
 
-def test_two_ranks_take_the_step_of_one_with_the_whole_batch():
-    """Gradients averaged over ranks, with global denominators, equal one rank's on all rows."""
-    target, _ = tiny_pair()
-    sequences = responses(target, count=4)
-    config = dataclasses.replace(CONFIG, sequences_per_step=1)
+def ranks(world, config, folder, steps):
+    """Ranks of a data-parallel run as threads: gradients are averaged and totals summed as collectives would do it.
 
-    def grads(rank, world, reduce=lambda x: x):
-        _, draft = tiny_pair()
-        ours = SequenceSet(sequences, batch_size=config.sequences_per_step, seed=0, rank=rank, world_size=world)
-        features = FeatureCache(target, ours, 10**8)
-        learner = DraftTrainer(
-            draft.train().requires_grad_(True), features, TrainingHead(target.lm_head, [], None), config,
-            reduce=reduce, world_size=world,
-        )  # fmt: skip
-        learner.optimizer = torch.optim.SGD(draft.parameters(), lr=0.0)
-        collected = {}
-        reported = learner.step(0.0)
-        for name, parameter in draft.named_parameters():
-            collected[name] = parameter.grad.clone()
-        return collected, reported, features, ours
+    They go on from the newest checkpoint in `folder` and leave one. Losses of draft and confidence head, step by step.
+    """
+    barrier, shared, reported = threading.Barrier(world), [None] * world, {}
 
-    totals = []
-    for rank in range(2):
-        grads(rank, 2, lambda x: totals.append(x.clone()) or x)
-    whole = totals[0] + totals[1]
-    first, report, *_ = grads(0, 2, lambda x: whole)
-    second, *_ = grads(1, 2, lambda x: whole)
-    weight, cross_entropy = float(whole[0]), float(whole[3])
-    assert report["cross_entropy"] == pytest.approx(cross_entropy / weight)
-    assert any(not torch.equal(first[name], second[name]) for name in first)
+    def gather(rank, tensor):
+        shared[rank] = tensor
+        barrier.wait(30)
+        tensors = list(shared)
+        barrier.wait(30)
+        return tensors
+
+    def rank_trainer(rank):
+        learner = trainer(config, rank=rank, world_size=world, reduce=lambda x: torch.stack(gather(rank, x)).sum(0))
+        parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
+
+        def average(*_):
+            for parameter in parameters:
+                parameter.grad = torch.stack(gather(rank, parameter.grad)).mean(0)
+
+        learner.optimizer.register_step_pre_hook(average)
+        resume_state(folder, learner)
+        return learner
+
+    def run(learner):
+        for step in steps:
+            report = learner.step(step / 40)
+            reported[step] = report["loss"], report["confidence"]
+
+    learners = [rank_trainer(rank) for rank in range(world)]
+    with ThreadPoolExecutor(world) as pool:
+        for future in [pool.submit(run, learner) for learner in learners]:
+            future.result()
+    save_state(folder, learners[0], {})
+    return [value for step in steps for value in reported[step]]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_workers_that_come_and_go_take_the_steps_of_one(packed, tmp_path):
+    """2, then 1, then 2 workers against 1 throughout, with what is drawn at random and what is weighed over rows."""
+    config = dataclasses.replace(
+        CONFIG, sequences_per_step=4, head_negatives=10, beta=0.5, confidence_weight=0.5, grad_clip=1e9,
+        tokens_per_step=128 if packed else None, anchors_per_step=128,
+    )  # fmt: skip
+    whole = ranks(1, config, tmp_path / "whole", range(6))
+    parts = [
+        ranks(world, config, tmp_path / "parts", range(start, start + 2)) for world, start in ((2, 0), (1, 2), (2, 4))
+    ]
+    assert list(itertools.chain(*parts)) == pytest.approx(whole, rel=1e-6, abs=0)
 
 
 def test_log_lines_are_json(tmp_path):

@@ -9,6 +9,7 @@ from unmask.config.diffusion import AdaptConfig, LoraSettings, StudentConfig
 from unmask.config.distill import DistillConfig, DraftConfig, published
 from unmask.config.evaluate import EvaluateConfig
 from unmask.config.generate import GenerateConfig
+from unmask.config.on_policy import OnPolicyConfig
 from unmask.config.prompts import PromptsConfig
 from unmask.config.publish import PublishConfig
 from unmask.config.recipe import Recipe
@@ -25,6 +26,7 @@ __all__ = [
     "EvaluateConfig",
     "GenerateConfig",
     "LoraSettings",
+    "OnPolicyConfig",
     "PromptsConfig",
     "PublishConfig",
     "Recipe",

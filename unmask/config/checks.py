@@ -29,3 +29,13 @@ def require_labels(labels: Mapping[str, str], field_name: str) -> None:
             field_name,
             f"'{name}: {value}' is no node label: letters, digits, '-', '_' and '.', at most 63",
         )
+
+
+def require_workers(section: str, rows_field: str, rows: int, num_workers: int, min_workers: int | None) -> None:
+    """Refuse more workers than a step has rows, and a least number above the number. Raises ConfigError."""
+    require(rows >= num_workers, f"{section}.{rows_field}", f"must be at least {section}.num_workers = {num_workers}")
+    require(
+        min_workers is None or 1 <= min_workers <= num_workers,
+        f"{section}.min_workers",
+        f"must lie between 1 and {section}.num_workers = {num_workers}",
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from unmask.config.checks import require, require_labels
+from unmask.config.checks import require, require_labels, require_workers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +38,13 @@ class DistillConfig:
     max_seconds: float | None = 300.0
     """Budget of optimiser time (loading and features not counted); the first limit reached ends the run."""
     sequences_per_step: int = 2
-    """Per worker."""
+    """Of all workers together."""
     anchors_per_sequence: int = 16
     tokens_per_step: int | None = None
-    """Per worker: pack sequences into one row of this many tokens, attended block-sparsely (on GPUs); None pads
-    `sequences_per_step` sequences."""
+    """Pack sequences into rows of this many tokens, attended block-sparsely (on GPUs); None pads `sequences_per_step`
+    sequences."""
+    rows_per_step: int = 1
+    """Packed rows of a step, of all workers together."""
     anchors_per_step: int = 1024
     """Anchors of a packed row."""
     loss: Literal["ce", "kl", "tv", "lk_hybrid"] = "ce"
@@ -75,6 +77,8 @@ class DistillConfig:
     """Train the head on the ids of the trajectories and this many random others; None uses the whole vocabulary."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     num_workers: int = 1
+    min_workers: int | None = None
+    """Go on with as few workers when nodes are lost, and with more as they come back; None waits for all of them."""
     cpus_per_worker: float = 1.0
     use_gpu: bool = False
     labels: dict[str, str] = field(default_factory=dict)
@@ -99,8 +103,10 @@ class DistillConfig:
         )
         require(self.max_steps is None or self.max_steps > 0, "distill.max_steps", "must be positive")
         require(self.max_seconds is None or self.max_seconds > 0, "distill.max_seconds", "must be positive")
-        for name in ("sequences_per_step", "anchors_per_sequence", "num_workers", "log_every_steps"):
+        for name in ("sequences_per_step", "rows_per_step", "anchors_per_sequence", "num_workers", "log_every_steps"):
             require(getattr(self, name) >= 1, f"distill.{name}", "must be at least 1")
+        rows = "sequences_per_step" if self.tokens_per_step is None else "rows_per_step"
+        require_workers("distill", rows, getattr(self, rows), self.num_workers, self.min_workers)
         require(
             self.tokens_per_step is None or (self.tokens_per_step > 0 and self.tokens_per_step % 128 == 0),
             "distill.tokens_per_step",

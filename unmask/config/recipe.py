@@ -9,6 +9,7 @@ from unmask.config.diffusion import AdaptConfig, StudentConfig
 from unmask.config.distill import DistillConfig, DraftConfig
 from unmask.config.evaluate import EvaluateConfig
 from unmask.config.generate import GenerateConfig
+from unmask.config.on_policy import OnPolicyConfig
 from unmask.config.prompts import PromptsConfig
 from unmask.config.publish import PublishConfig
 from unmask.config.serve import ServeConfig
@@ -32,6 +33,8 @@ class Recipe:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     publish: PublishConfig = field(default_factory=PublishConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    on_policy: OnPolicyConfig | None = None
+    """Rounds of `pipelines.on_policy`; None is one round."""
 
     def __post_init__(self) -> None:
         largest = self.draft.block_size - 1

@@ -51,6 +51,9 @@ class ServeConfig:
     """An engine takes a minute to start: act on a short load."""
     scale_down_after_s: float = 300.0
     """How long the load must be low before a replica is given back."""
+    tool_parser: str | None = None
+    """How the target writes tool calls: the name of one of vLLM's tool parsers (hermes, llama3_json ...); None refuses
+    `tools`."""
     diffusion: str | None = None
     """Directory of a diffusion LM, which is served under `name`; None serves the target."""
     diffusion_name: str | None = None
@@ -74,9 +77,15 @@ class ServeConfig:
     """A request that is not finished by then ends (504)."""
     api_keys_file: str | None = None
     """File of accepted API keys, `name:sha256` a line; None asks for no key."""
+    capture: str | None = None
+    """Directory in which target replicas keep finished requests (token ids alone) for `on_policy`; None keeps none."""
+    capture_mb: int = 1024
+    """Bound of each target replica's share of it; the oldest requests give way."""
+    capture_flush_s: float = 30.0
+    """The longest that a finished request waits in memory to be written with others."""
 
     def __post_init__(self) -> None:
-        for name in ("target_replicas", "draft_replicas", "max_num_seqs", "draft_memory_mb"):
+        for name in ("target_replicas", "draft_replicas", "max_num_seqs", "draft_memory_mb", "capture_mb"):
             require(getattr(self, name) >= 1, f"serve.{name}", "must be at least 1")
         self._check_diffusion()
         require(self.max_queued >= 0, "serve.max_queued", "must not be negative")
@@ -102,7 +111,7 @@ class ServeConfig:
             require_labels(getattr(self, name), f"serve.{name}")
         for name in ("target_cpus", "draft_cpus", "target_gpus", "draft_gpus"):
             require(getattr(self, name) >= 0, f"serve.{name}", "must not be negative")
-        for name in ("draft_timeout_ms", "draft_retry_s"):
+        for name in ("draft_timeout_ms", "draft_retry_s", "capture_flush_s"):
             require(getattr(self, name) > 0, f"serve.{name}", "must be positive")
         require(0 <= self.port <= 65535, "serve.port", "must be a port number (0 picks a free one)")
         require(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from unmask.config.checks import require, require_labels
+from unmask.config.checks import require, require_labels, require_workers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +19,7 @@ class TrainingConfig:
     max_seconds: float | None = 300.0
     """Budget of optimiser time (loading not counted); the first limit reached ends the run."""
     sequences_per_step: int = 16
-    """Per worker."""
+    """Of all workers together."""
     learning_rate: float = 3e-4
     schedule: Literal["constant_then_linear", "cosine"] = "cosine"
     warmup_fraction: float = 0.03
@@ -34,6 +34,8 @@ class TrainingConfig:
     compile: bool = False
     """Compile the network's layers with torch.compile."""
     num_workers: int = 1
+    min_workers: int | None = None
+    """Go on with as few workers when nodes are lost, and with more as they come back; None waits for all of them."""
     cpus_per_worker: float = 1.0
     use_gpu: bool = False
     labels: dict[str, str] = field(default_factory=dict)
@@ -54,6 +56,7 @@ class TrainingConfig:
         self.check(self.max_seconds is None or self.max_seconds > 0, "max_seconds", "must be positive")
         for name in ("sequences_per_step", "num_workers", "log_every_steps"):
             self.check(getattr(self, name) >= 1, name, "must be at least 1")
+        require_workers(self.section, "sequences_per_step", self.sequences_per_step, self.num_workers, self.min_workers)
         for name in ("weight_decay", "max_failures"):
             self.check(getattr(self, name) >= 0, name, "must not be negative")
         for name in ("learning_rate", "grad_clip", "checkpoint_every_s", "cpus_per_worker"):

@@ -2,62 +2,142 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from unmask.decoding.speculative import speculative_decode
 from unmask.evaluation.metrics import acceptance_length
+from unmask.models.dflash import DFlashDraft
+from unmask.models.target import TargetModel
+from unmask.types import SamplingOptions
+
+TOLERANCE = 0.03
+"""Relative difference of acceptance lengths that numerics and the end of responses may make."""
+
+
+_Pair = tuple[Sequence[int], Sequence[int]]
+"""`accepted` as served and as evaluated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """A prompt as the plain loop decoded it."""
+
+    text: str
+    """What the user wrote."""
+    prompt_ids: Sequence[int]
+    accepted: Sequence[int]
+    """Accepted drafts of each verification."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """What is known of one served request and of its evaluation."""
+    """A request as the engine saw it."""
 
-    prompt_tokens: int
-    prompt_tokens_evaluated: int
-    cached_tokens: int
-    """Prompt tokens that the engine took from its prefix cache."""
+    prompt_ids: Sequence[int]
     accepted: Sequence[int]
-    """Accepted drafts of each verification."""
-    accepted_evaluated: Sequence[int]
+    cached_tokens: int = 0
+    """Prompt tokens that the engine took from its prefix cache."""
 
 
-def likely_cause(requests: Sequence[Served]) -> str:
+def likely_cause(
+    evaluated: Sequence[Evaluated],
+    served: Sequence[Served],
+    *,
+    decode: Callable[[Sequence[int]], str],
+    shifted: Mapping[int, Sequence[Sequence[int]]],
+) -> str:
     """The first of these that fits.
 
-    chat template: prompts have other lengths than evaluated ones. prefix cache: requests with cached tokens lose
-    acceptance and the others do not, because cached prompts gave no features. layer ids: nearly nothing is accepted.
+    chat template: other prompts than evaluated, with the user's text in them. tokenizer: without it. prefix cache:
+    requests with cached tokens lose acceptance and the others do not, because cached prompts gave no features. layer
+    ids: the loop accepts what was served, or what was evaluated, when it reads its features from layers shifted by one.
     RoPE: acceptance falls off along a response, while its beginning is as evaluated. Otherwise the weights or the
     precision differ.
+
+    Args:
+        decode: ids to text, by the tokenizer that was evaluated with.
+        shifted: `accepted_with_shift` of the first evaluated prompts, by the shift, 0 among them.
+
+    Every evaluated prompt was served.
     """
-    if any(r.prompt_tokens != r.prompt_tokens_evaluated for r in requests):
-        return "another chat template: prompts have other lengths than the evaluated ones"
-    cached, fresh = [r for r in requests if r.cached_tokens], [r for r in requests if not r.cached_tokens]
-    if cached and _kept(cached) < 0.97 and (not fresh or _kept(fresh) > 0.97):
+    if wrong := _wrong_prompts(evaluated, served, decode):
+        return wrong
+    by_prompt = {tuple(one.prompt_ids): one for one in served}
+    matched = [(by_prompt[tuple(one.prompt_ids)], one.accepted) for one in evaluated]
+    cached = [(one.accepted, wanted) for one, wanted in matched if one.cached_tokens]
+    fresh = [(one.accepted, wanted) for one, wanted in matched if not one.cached_tokens]
+    if cached and _kept(cached) < 1 - TOLERANCE and (not fresh or _kept(fresh) > 1 - TOLERANCE):
         return "prefix cache: prompts taken from the cache gave the draft no features"
-    if _kept(requests) < 0.35:
-        return "layer ids: the draft reads features that it was not trained on"
-    halves = [_kept([_half(r, second) for r in requests]) for second in (False, True)]
-    if halves[0] > 0.97 and halves[1] < 0.94:
+    if wrong := _wrong_layers(matched, shifted):
+        return wrong
+    beginnings, ends = zip(*(_halves(one.accepted, wanted) for one, wanted in matched), strict=True)
+    if _kept(beginnings) > 1 - TOLERANCE and _kept(ends) < 1 - 2 * TOLERANCE:
         return "RoPE: acceptance falls with the position; base or scaling differ from those trained with"
     return "other weights or another precision than were evaluated"
 
 
-def _kept(requests: Sequence[Served]) -> float:
+def accepted_with_shift(
+    target: TargetModel,
+    draft: DFlashDraft,
+    prompts: Sequence[Sequence[int]],
+    shift: int,
+    *,
+    num_speculative_tokens: int,
+    max_new_tokens: int,
+    eos_ids: frozenset[int],
+) -> list[list[int]]:
+    """Accepted drafts of each verification of the greedy loop when features come from layers shifted by `shift`."""
+    other = TargetModel(target.model, [layer + shift for layer in draft.config.target_layer_ids])
+    options = SamplingOptions(max_tokens=max_new_tokens)
+    return [
+        speculative_decode(
+            other, draft, list(ids), options, num_speculative_tokens=num_speculative_tokens, eos_ids=eos_ids
+        ).accepted
+        for ids in prompts
+    ]
+
+
+def _wrong_prompts(
+    evaluated: Sequence[Evaluated], served: Sequence[Served], decode: Callable[[Sequence[int]], str]
+) -> str | None:
+    known = {tuple(one.prompt_ids) for one in evaluated}
+    others = [decode(one.prompt_ids) for one in served if tuple(one.prompt_ids) not in known]
+    if not others:
+        return None
+    if all(any(one.text in text for one in evaluated) for text in others):
+        return "chat template: the users' texts were served in other surroundings than evaluated"
+    return "tokenizer: the users' texts were served as other tokens than evaluated"
+
+
+def _wrong_layers(
+    matched: Sequence[tuple[Served, Sequence[int]]], shifted: Mapping[int, Sequence[Sequence[int]]]
+) -> str | None:
+    prompts = len(shifted[0])
+    served = _length([one.accepted for one, _ in matched[:prompts]])
+    evaluated = _length([wanted for _, wanted in matched[:prompts]])
+    as_served, as_evaluated = (
+        [shift for shift, accepted in shifted.items() if abs(length / _length(accepted) - 1) <= TOLERANCE]
+        for length in (served, evaluated)
+    )
+    if 0 in as_evaluated and as_served and 0 not in as_served:
+        return f"layer ids: served with features {as_served[0]:+d} from the layers that the draft names"
+    if 0 in as_served and as_evaluated and 0 not in as_evaluated:
+        return f"layer ids: the draft names layers {-as_evaluated[0]:+d} from those that were evaluated"
+    return None
+
+
+def _length(accepted: Iterable[Sequence[int]]) -> float:
+    return acceptance_length([count for of_one in accepted for count in of_one])
+
+
+def _kept(pairs: Sequence[_Pair]) -> float:
     """Share of the evaluated drafts (bonus tokens not counted) that serving accepts too."""
-    served = acceptance_length([a for r in requests for a in r.accepted]) - 1
-    evaluated = acceptance_length([a for r in requests for a in r.accepted_evaluated]) - 1
+    served, evaluated = (_length(side) - 1 for side in zip(*pairs, strict=True))
     return served / evaluated if evaluated else 1.0
 
 
-def _half(request: Served, second: bool) -> Served:
-    parts = []
-    for accepted in (request.accepted, request.accepted_evaluated):
-        middle = len(accepted) // 2
-        parts.append(accepted[middle:] if second else accepted[:middle])
-    return Served(
-        prompt_tokens=request.prompt_tokens,
-        prompt_tokens_evaluated=request.prompt_tokens_evaluated,
-        cached_tokens=request.cached_tokens,
-        accepted=parts[0],
-        accepted_evaluated=parts[1],
-    )
+def _halves(served: Sequence[int], evaluated: Sequence[int]) -> tuple[_Pair, _Pair]:
+    """The verifications of a response's first half, and those of its second."""
+    middle, wanted = len(served) // 2, len(evaluated) // 2
+    return (served[:middle], evaluated[:wanted]), (served[middle:], evaluated[wanted:])

@@ -31,14 +31,16 @@ class ConfidenceHead(nn.Module):
         return self(hidden_NKH).sigmoid().cumprod(-1).cumsum(-1)
 
 
-def confidence_loss(logits_NK: Tensor, rows: Rows, valid_NK: Tensor) -> Tensor:
-    """Mean binary cross-entropy over the rows that a verification reaches: those with none wrong before them.
+def confidence_loss(logits_NK: Tensor, rows: Rows, valid_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropies summed over the rows that a verification reaches, and how many those are.
+
+    It reaches a row if none before it is wrong.
 
     A proper scoring rule: its minimiser is the acceptance probability itself.
     """
     reached = valid_NK & F.pad((rows.right & valid_NK)[..., :-1], (1, 0), value=True).long().cumprod(-1).bool()
     losses = F.binary_cross_entropy_with_logits(logits_NK, rows.right.float(), reduction="none")
-    return (losses * reached).sum() / reached.sum().clamp(min=1)
+    return (losses * reached).sum(), reached.sum().float()
 
 
 def calibration_error(probability: Tensor, accepted: Tensor, num_bins: int = 10) -> float:

@@ -50,7 +50,7 @@ class AdaptationTrainer(DiffusionTrainer[AdaptConfig]):
         ) * (batch.positions_BT < batch.lengths_B[:, None])
         labels_N = batch.ids_BT[at]
         loss = adaptation_loss(logits_NV, labels_N, noisy.noise_BT[at], loss_shares(weights_BT)[at])
-        return loss, {"accuracy": self._accuracy(logits_NV, labels_N, ~batch.is_padding()[at])}
+        return self._of_rows(loss, batch), {"accuracy": self._accuracy(logits_NV, labels_N, ~batch.is_padding()[at])}
 
     def _fine_tuning_loss(self, batch: DiffusionBatch) -> tuple[Tensor, dict[str, Tensor]]:
         at = (batch.positions_BT >= batch.prompt_lens_B[:, None]) & ~batch.is_padding()
@@ -58,7 +58,11 @@ class AdaptationTrainer(DiffusionTrainer[AdaptConfig]):
         labels_N = batch.ids_BT[at]
         certain_N = torch.ones_like(labels_N, dtype=torch.float32)
         loss = adaptation_loss(logits_NV, labels_N, certain_N, loss_shares(at.float())[at])
-        return loss, {"accuracy": self._accuracy(logits_NV, labels_N, certain_N > 0)}
+        return self._of_rows(loss, batch), {"accuracy": self._accuracy(logits_NV, labels_N, certain_N > 0)}
+
+    def _of_rows(self, mean: Tensor, batch: DiffusionBatch) -> Tensor:
+        """This rank's share of the mean over all ranks' rows, of which it may have one more than others."""
+        return mean * (len(batch.ids_BT) * self.world_size / self.sequences.batch_size)
 
     def _accuracy(self, logits_NV: Tensor, labels_N: Tensor, counted_N: Tensor) -> Tensor:
         right_N = (logits_NV.argmax(-1) == labels_N) & counted_N

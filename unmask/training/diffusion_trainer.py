@@ -26,7 +26,8 @@ Reduce = Callable[[Tensor], Tensor]
 class DiffusionTrainer(ABC, Generic[C]):
     """Trains a diffusion LM on prompts with responses; a subclass is one objective.
 
-    Batches and noise are functions of (seed, rank, step), so `steps_done` is the whole data state.
+    Batches are functions of (seed, step), noise of (seed, rank, step), so `steps_done` is the whole data state. Another
+    number of ranks sees the same batches under other noise.
 
     Args:
         network: float32 master weights on the training device; only parameters that require gradients are trained.
@@ -93,7 +94,7 @@ class DiffusionTrainer(ABC, Generic[C]):
             group["lr"] = rate
         seed = hash((self.config.seed, self.sequences.rank, self.steps_done)) & 0x7FFFFFFF
         torch.manual_seed(seed)  # dropout draws from the global generator
-        chosen = [self.sequences.sequences[i] for i in self.sequences.indices(self.steps_done)]
+        chosen = [self.sequences.sequences[i] for (i,) in self.sequences.rows(self.steps_done)]
         batch = diffusion_batch(chosen, self.response_length, self.eos_id, self.num_columns, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             loss, report = self.loss(batch, torch.Generator(self.device).manual_seed(seed))

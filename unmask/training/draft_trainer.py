@@ -26,6 +26,7 @@ from unmask.training.drafting_forward import DraftingForward, TrainingBlocks, tr
 from unmask.training.feature_cache import FeatureCache
 from unmask.training.head import TrainingHead
 from unmask.training.rates import certainty_weight, learning_rate
+from unmask.training.sequences import Batch
 from unmask.training.step_report import StepReport
 
 Reduce = Callable[[Tensor], Tensor]
@@ -35,8 +36,8 @@ Reduce = Callable[[Tensor], Tensor]
 class DraftTrainer:
     """Trains a draft on cached features.
 
-    Batches, anchors and negatives are functions of (seed, step, rank), so `step` is the whole data state. Nothing in a
-    step makes the host wait for the device.
+    Batches, anchors and negatives are functions of seed, step and row of the step, so `step` is the whole data state,
+    and any number of ranks takes the same steps. Nothing in a step makes the host wait for the device.
 
     Args:
         draft: float32 master weights, on the training device; a data-parallel wrapper goes into `module`.
@@ -82,20 +83,16 @@ class DraftTrainer:
             `loss`, `cross_entropy` (the rows' loss), `entropy`, `accuracy` and `acceptance` (of drafted rows),
             `confidence`, `grad_norm`, `learning_rate`. Reading it waits for the device.
         """
-        generator = self._generator()
         rate = learning_rate(self.config, progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        indices = self.sequences.indices(self.steps_done)
-        batch = self.sequences.batch(indices)
-        num_anchors = self.config.anchors_per_step if batch.packed else self.config.anchors_per_sequence
-        anchors = choose_anchors(batch.response_BT, num_anchors, generator, batch.first_BT)
+        batch = self.sequences.batch(self.sequences.rows(self.steps_done))
         shape = self.draft.config
-        blocks = training_blocks(batch, anchors, shape.block_size, shape.mask_token_id).to(self.device)
-        features = self.features.get(indices)
+        blocks = training_blocks(batch, self._anchors(batch), shape.block_size, shape.mask_token_id).to(self.device)
+        features = self.features.get(batch)
         target = self.features.target
         split = target.embedding.shape[1] * len(target.layer_ids)
-        drawn = self.head.rows(torch.Generator(self.device).manual_seed(int(generator.initial_seed())))
+        drawn = self.head.rows(torch.Generator(self.device).manual_seed(self._seed()))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             hidden, confidence = self.module(blocks, features[..., :split], target.embedding, packed=batch.packed)
         beta = certainty_weight(self.config, progress)
@@ -128,8 +125,10 @@ class DraftTrainer:
         loss = sums.loss(totals, beta) * self.world_size
         scalars = report(totals, beta)
         if confidence_BMK is not None:
-            scalars["confidence"] = confidence_loss(confidence_BMK.flatten(0, 1), rows, valid)
-            loss = loss + config.confidence_weight * scalars["confidence"]
+            errors, reached = confidence_loss(confidence_BMK.flatten(0, 1), rows, valid)
+            all_errors, all_reached = self.reduce(torch.stack([errors.detach(), reached])).unbind()
+            scalars["confidence"] = all_errors / all_reached.clamp(min=1)
+            loss = loss + config.confidence_weight * errors / all_reached.clamp(min=1) * self.world_size
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         scalars["grad_norm"] = nn.utils.clip_grad_norm_(self.draft.parameters(), config.grad_clip)
@@ -145,9 +144,19 @@ class DraftTrainer:
         trained: list[Tensor] = [p.detach() for p in self.draft.parameters()]
         torch._foreach_lerp_(averaged, trained, 1 - decay)
 
-    def _generator(self) -> torch.Generator:
-        seed = hash((self.config.seed, self.sequences.rank, self.steps_done)) & 0x7FFFFFFF
-        return torch.Generator().manual_seed(seed)
+    def _anchors(self, batch: Batch) -> Tensor:
+        """Anchors [B, M], each row's drawn by itself: what else this rank trains on has no part in them."""
+        count = self.config.anchors_per_step if batch.packed else self.config.anchors_per_sequence
+        drawn = []
+        for row, number in enumerate(self.sequences.row_numbers):
+            columns = slice(None if batch.packed else batch.lengths[row])
+            first = None if batch.first_BT is None else batch.first_BT[row : row + 1, columns]
+            generator = torch.Generator().manual_seed(self._seed(number))
+            drawn.append(choose_anchors(batch.response_BT[row : row + 1, columns], count, generator, first))
+        return torch.cat(drawn)
+
+    def _seed(self, *parts: int) -> int:
+        return hash((self.config.seed, self.steps_done, *parts)) & 0x7FFFFFFF
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: weights, average, optimiser, step."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unmask.models.target import TargetModel
-from unmask.training.sequences import SequenceSet
+from unmask.training.sequences import Batch, SequenceSet
 
 
 class FeatureCache:
@@ -52,12 +52,12 @@ class FeatureCache:
             self._keep(pending)
         return len(self.kept)
 
-    def get(self, indices: tuple[int, ...]) -> Tensor:
+    def get(self, batch: Batch) -> Tensor:
         """Features of a batch where its tokens are, zero elsewhere, on the target's device: [B, T, F]."""
-        missing = [i for i in indices if i not in self.kept]
+        missing = [i for i in batch.indices if i not in self.kept]
         fresh = dict(zip(missing, self._compute(missing), strict=True)) if missing else {}
-        rows = [self.kept[i] if i in self.kept else fresh[i] for i in indices]
-        return self.sequences.batch(indices).lay_out(rows).to(self.target.device, non_blocking=True)
+        features = [self.kept[i] if i in self.kept else fresh[i] for i in batch.indices]
+        return batch.lay_out(features).to(self.target.device, non_blocking=True)
 
     def _keep(self, indices: list[int]) -> None:
         for index, features in zip(indices, self._compute(indices), strict=True):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from unmask.errors import UserError
@@ -30,7 +28,7 @@ class TokenSequence:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Sequences as a batch, each in a row of its own (right-padded) or all packed into one row.
+    """Sequences as a batch, each in a row of its own (right-padded) or several packed into a row.
 
     `indices` are those of the set, `lengths` theirs; `response_BT` says which columns are response tokens, and
     `starts_BT` in which column the sequence of a column begins.
@@ -45,24 +43,31 @@ class Batch:
     first_BT: Tensor | None = None
     """Columns that are drawn as anchors before all others; None if there are none."""
 
-    def lay_out(self, rows: Sequence[Tensor]) -> Tensor:
-        """Per-sequence rows [length, F] where their tokens are: [B, T, F], zero elsewhere."""
-        if not self.packed:
-            return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-        return F.pad(torch.cat(list(rows)), (0, 0, 0, self.ids_BT.shape[1] - sum(self.lengths)))[None]
+    places: tuple[tuple[int, int], ...] = ()
+    """Row and first column of each sequence."""
+
+    def lay_out(self, states: Sequence[Tensor]) -> Tensor:
+        """Per-sequence states [length, F] where their tokens are: [B, T, F], zero elsewhere."""
+        laid = states[0].new_zeros(*self.ids_BT.shape, states[0].shape[-1])
+        for of_sequence, (row, start) in zip(states, self.places, strict=True):
+            laid[row, start : start + len(of_sequence)] = of_sequence
+        return laid
 
 
 class SequenceSet:
-    """The sequences of one rank, visited in an order that depends on seed and step alone.
+    """The sequences of one rank, visited in an order that does not depend on how many ranks there are.
 
-    A resumed run therefore sees the batches that the unbroken run would have seen.
+    A step has `batch_size` rows. Each row has sequences of its own, every `batch_size`-th of the set, and visits each
+    once an epoch, in an order that follows from (seed, row, epoch). A rank fills every `world_size`-th row. So a run
+    that is resumed, on as many ranks or on others, trains on the batches of the unbroken run, and a rank meets the same
+    sequences again, whose features it keeps.
 
     Args:
         sequences: all ranks' sequences, in the same order on each.
-        rank: this worker's number; it owns every `world_size`-th sequence, so that cached features stay useful.
-        batch_size: sequences a step.
-        tokens_per_step: pack sequences into one row of this many tokens a step, so that steps and ranks are balanced
-            by tokens (longer sequences are left out); None pads `batch_size` sequences.
+        batch_size: rows of a step, of all ranks together.
+        rank: this worker's number.
+        tokens_per_step: pack sequences into rows of this many tokens, so that steps and ranks are balanced by tokens
+            (longer sequences are left out); None gives a row one sequence, and pads.
         section: of the recipe, for the error.
     """
 
@@ -78,36 +83,50 @@ class SequenceSet:
         section: str = "distill",
     ) -> None:
         usable = [s for s in sequences if s.trainable and len(s.ids) <= (tokens_per_step or len(s.ids))]
-        if len(usable) < world_size * batch_size:
+        if not world_size <= batch_size <= len(usable):
             raise UserError(
-                f"only {len(usable)} sequences have two response tokens or more (and fit a step), "
-                f"a step of {world_size} worker(s) takes {world_size * batch_size}; lower it, or give more",
-                field=f"{section}.sequences_per_step",
+                f"only {len(usable)} sequences have two response tokens or more (and fit a step), a step takes "
+                f"{batch_size}, and each of {world_size} worker(s) needs one; change it, or give more",
+                field=f"{section}.sequences_per_step" if tokens_per_step is None else f"{section}.rows_per_step",
             )
-        # Every rank keeps the same number, so that all of them take part in every step of an epoch.
-        self.sequences = usable[rank : len(usable) - len(usable) % world_size : world_size]
         self.batch_size, self.seed, self.rank = batch_size, seed, rank
-        self.tokens_per_step = tokens_per_step
-        self._packed: list[tuple[int, ...]] = []
-        self._packed_epochs = 0
+        self.tokens_per_step, self.total = tokens_per_step, len(usable)
+        self.row_numbers = range(rank, batch_size, world_size)
+        self.sequences: list[TokenSequence] = []
+        self._owned: dict[int, range] = {}
+        for number in self.row_numbers:
+            owned = usable[number::batch_size]
+            self._owned[number] = range(len(self.sequences), len(self.sequences) + len(owned))
+            self.sequences += owned
+        self._orders: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self._packed: dict[int, list[tuple[int, ...]]] = {number: [] for number in self.row_numbers}
+        self._packed_epochs = dict.fromkeys(self.row_numbers, 0)
 
     def __len__(self) -> int:
         return len(self.sequences)
 
-    def indices(self, step: int) -> tuple[int, ...]:
-        """Which sequences step `step` visits; every sequence at most once an epoch, a new order each epoch."""
-        if self.tokens_per_step is not None:
-            while len(self._packed) <= step:
-                self._packed += self._pack(self._order(self._packed_epochs), self.tokens_per_step)
-                self._packed_epochs += 1
-            return self._packed[step]
-        per_epoch = len(self) // self.batch_size
-        epoch, position = divmod(step, per_epoch)
-        return self._order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
+    def rows(self, step: int) -> tuple[tuple[int, ...], ...]:
+        """Which of `sequences` each row of this rank holds in step `step`, in the order of `row_numbers`."""
+        return tuple(self._row(number, step) for number in self.row_numbers)
 
-    def _order(self, epoch: int) -> tuple[int, ...]:
-        generator = torch.Generator().manual_seed(hash((self.seed, self.rank, epoch)) & 0x7FFFFFFF)
-        return tuple(torch.randperm(len(self), generator=generator).tolist())
+    def _row(self, number: int, step: int) -> tuple[int, ...]:
+        if self.tokens_per_step is None:
+            epoch, position = divmod(step, len(self._owned[number]))
+            return (self._order(number, epoch)[position],)
+        packed = self._packed[number]
+        while len(packed) <= step:
+            packed += self._pack(self._order(number, self._packed_epochs[number]), self.tokens_per_step)
+            self._packed_epochs[number] += 1
+        return packed[step]
+
+    def _order(self, number: int, epoch: int) -> tuple[int, ...]:
+        known, order = self._orders.get(number, (-1, ()))
+        if known != epoch:
+            owned = self._owned[number]
+            generator = torch.Generator().manual_seed(hash((self.seed, number, epoch)) & 0x7FFFFFFF)
+            order = tuple(owned[i] for i in torch.randperm(len(owned), generator=generator).tolist())
+            self._orders[number] = epoch, order
+        return order
 
     def _pack(self, order: Sequence[int], capacity: int) -> list[tuple[int, ...]]:
         """Consecutive sequences in rows of at most `capacity` tokens."""
@@ -122,49 +141,42 @@ class SequenceSet:
             used += length
         return [tuple(row) for row in rows]
 
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """The chosen sequences as a step trains on them."""
-        return self.padded(indices) if self.tokens_per_step is None else self.packed(indices, self.tokens_per_step)
+    def batch(self, rows: Sequence[Sequence[int]]) -> Batch:
+        """The chosen rows as a step trains on them."""
+        return self._fill(rows, self.tokens_per_step)
 
     def padded(self, indices: Sequence[int]) -> Batch:
         """One sequence a row, padded on the right."""
-        chosen = [self.sequences[i] for i in indices]
-        shape = len(chosen), max(len(s.ids) for s in chosen)
-        ids = torch.zeros(shape, dtype=torch.long)
-        response = torch.zeros(shape, dtype=torch.bool)
-        for row, sequence in enumerate(chosen):
-            ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
-            response[row, sequence.prompt_length : len(sequence.ids)] = True
-        first = _first(chosen, response, range(len(chosen)), [0] * len(chosen))
-        lengths = tuple(len(s.ids) for s in chosen)
-        return Batch(tuple(indices), ids, response, torch.zeros_like(ids), lengths, first_BT=first)
+        return self._fill([(index,) for index in indices], None)
 
-    def packed(self, indices: Sequence[int], capacity: int) -> Batch:
-        """One row of `capacity` columns that holds the sequences one after another."""
-        ids = torch.zeros(1, capacity, dtype=torch.long)
-        response = torch.zeros(1, capacity, dtype=torch.bool)
-        starts = torch.zeros(1, capacity, dtype=torch.long)
-        chosen = [self.sequences[i] for i in indices]
-        lengths = tuple(len(s.ids) for s in chosen)
-        start = 0
-        for sequence in chosen:
-            end = start + len(sequence.ids)
-            ids[0, start:end] = torch.tensor(sequence.ids)
-            response[0, start + sequence.prompt_length : end] = True
-            starts[0, start:end] = start
-            start = end
-        starts[0, start:] = start
-        first = _first(chosen, response, [0] * len(chosen), [0, *itertools.accumulate(lengths)])
-        return Batch(tuple(indices), ids, response, starts, lengths, packed=True, first_BT=first)
-
-
-def _first(
-    chosen: Sequence[TokenSequence], like_BT: Tensor, rows: Sequence[int], starts: Sequence[int]
-) -> Tensor | None:
-    """The sequences' own anchors where a batch holds them."""
-    if not any(sequence.anchors for sequence in chosen):
-        return None
-    first = torch.zeros_like(like_BT)
-    for sequence, row, start in zip(chosen, rows, starts, strict=False):
-        first[row, [start + anchor for anchor in sequence.anchors]] = True
-    return first
+    def _fill(self, rows: Sequence[Sequence[int]], capacity: int | None) -> Batch:
+        """Sequences one after another in rows of `capacity` columns, or of the longest row's."""
+        indices = tuple(index for row in rows for index in row)
+        chosen = [self.sequences[index] for index in indices]
+        columns = capacity or max(sum(len(self.sequences[index].ids) for index in row) for row in rows)
+        ids = torch.zeros(len(rows), columns, dtype=torch.long)
+        response = torch.zeros_like(ids, dtype=torch.bool)
+        starts, first = torch.zeros_like(ids), torch.zeros_like(response)
+        places: list[tuple[int, int]] = []
+        for number, row in enumerate(rows):
+            start = 0
+            for index in row:
+                sequence = self.sequences[index]
+                end = start + len(sequence.ids)
+                ids[number, start:end] = torch.tensor(sequence.ids)
+                response[number, start + sequence.prompt_length : end] = True
+                first[number, [start + anchor for anchor in sequence.anchors]] = True
+                starts[number, start:] = start
+                places.append((number, start))
+                start = end
+            starts[number, start:] = start
+        return Batch(
+            indices=indices,
+            ids_BT=ids,
+            response_BT=response,
+            starts_BT=starts,
+            lengths=tuple(len(sequence.ids) for sequence in chosen),
+            packed=capacity is not None,
+            first_BT=first if any(sequence.anchors for sequence in chosen) else None,
+            places=tuple(places),
+        )
