@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from ray import serve
@@ -41,6 +41,10 @@ from serve_app.target import Target
 from serve_app.telemetry import Telemetry
 from unmask.config import ServeConfig
 from unmask.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from engines.tool_calls import ToolParsers
+    from serve_app.tokenizer import ChatTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -131,16 +135,28 @@ def _target_service(config: AppConfig, backend: Backend, admission: Admission, t
     from serve_app.tokenizer import ChatTokenizer
     from unmask.targets import resolve_target
 
+    tokenizer = ChatTokenizer.load(resolve_target(config.target.model, config.target.revision))
     return Service(
         model=config.serve.name,
         max_model_len=config.target.max_model_len,
         created=int(time.time()),
-        tokenizer=ChatTokenizer.load(resolve_target(config.target.model, config.target.revision)),
+        tokenizer=tokenizer,
+        tools=_tool_parsers(config.serve.tool_parser, tokenizer),
         backend=backend,
         admission=admission,
         telemetry=telemetry,
         deadline_s=config.serve.request_timeout_s,
     )
+
+
+def _tool_parsers(name: str | None, tokenizer: ChatTokenizer) -> ToolParsers | None:
+    """The tool parser, if one is set. Raises ConfigError."""
+    if name is None:
+        return None
+    # vLLM takes seconds to import; an ingress that parses no tool calls does without.
+    from engines.tool_calls import ToolParsers
+
+    return ToolParsers(name, tokenizer.hf)
 
 
 def _diffusion_service(config: AppConfig, backend: Backend, admission: Admission, telemetry: Telemetry) -> Service:
@@ -171,6 +187,7 @@ def _with_absolute_paths(config: AppConfig) -> AppConfig:
         diffusion=_absolute(options.diffusion),
         verifier=_absolute(options.verifier),
         api_keys_file=_absolute(options.api_keys_file),
+        capture=_absolute(options.capture),
     )
     if Path(target.model).is_dir():
         target = replace(target, model=str(Path(target.model).absolute()))

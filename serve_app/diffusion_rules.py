@@ -85,6 +85,3 @@ def _refuse_unknown(body: GenerationRequest) -> None:
     for name in ("presence_penalty", "frequency_penalty"):
         if getattr(body, name):
             raise errors.invalid("is not supported by diffusion decoders; leave it out", name)
-    for name in ("tools", "tool_choice"):
-        if getattr(body, name, None) not in (None, [], "none"):
-            raise errors.invalid("a diffusion LM calls no tools; leave this out", name)

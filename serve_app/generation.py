@@ -27,6 +27,8 @@ class ChoiceSpec:
     prompt_ids: list[int]
     options: SamplingOptions
     stops: tuple[str, ...] = ()
+    decode: Decode | None = None
+    """How tokens become text, where it is not the usual way."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -140,7 +142,7 @@ class Generation:
                     choices.create_task(self._generate_choice(index, spec))
 
     async def _generate_choice(self, index: int, spec: ChoiceSpec) -> None:
-        choice = Choice(self._decode, spec.stops)
+        choice = Choice(spec.decode or self._decode, spec.stops)
         source = self._backend.generate(f"{self._request_id}-{index}", spec.prompt_ids, spec.options)
         async with aclosing(source) as deltas:
             async for delta in deltas:

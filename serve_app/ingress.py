@@ -74,9 +74,10 @@ def _generation_routes(service: Service) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a chat."""
         model = service.of(body.model)
-        specs = await chat_specs(body, model.tokenizer, model.max_model_len)
+        tools = model.tool_request(body)
+        specs = await chat_specs(body, model.tokenizer, model.max_model_len, tools)
         specs = model.checked(body, specs, "messages")
-        return await model.answer(request, body, specs, ChatFormat(body, **words(request, model)))
+        return await model.answer(request, body, specs, ChatFormat(body, tools, **words(request, model)))
 
     @router.post("/v1/completions", response_model=TextCompletion)
     async def completions(body: CompletionRequest, request: Request) -> Response:

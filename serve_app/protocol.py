@@ -9,9 +9,10 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, JsonValue, model_validator
 
 from serve_app import errors
+from serve_app.messages import MAX_TOOLS, Body, Message, NamedTool, Tool, ToolChoice
 
 MAX_FIELDS = 64
 MAX_CHOICES = 4
@@ -51,11 +52,11 @@ DIFFUSION_KEYS = frozenset({"decoder", "threshold", "block_size", "steps"})
 """How a diffusion LM decodes: the fields of `decoder` and their misspellings are refused beside it."""
 
 
-def _refuse_unserved(body: Any) -> Any:
+def _refuse_unserved(cls: type[BaseModel], body: Any) -> Any:
     if not isinstance(body, dict):
         return body
     for name, neutral in _NEUTRAL.items():
-        if name in body and body[name] not in neutral:
+        if name in body and name not in cls.model_fields and body[name] not in neutral:
             raise errors.invalid(f"'{name}' is not supported by this service; leave it out", name)
     if len(body) > MAX_FIELDS:
         raise errors.invalid(f"the body has more than {MAX_FIELDS} fields")
@@ -82,34 +83,20 @@ def _as_prompts(value: Any) -> Any:
     return value
 
 
-def _as_text(content: Any) -> Any:
-    """Message content as one text, from a text or a list of text parts."""
-    if not isinstance(content, list):
-        return content
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ValueError("only text parts ({'type': 'text', 'text': ...}) are supported")
-    return "".join(part["text"] for part in content)
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """Options of a streamed answer."""
 
     include_usage: bool = False
 
 
-class JsonSchema(_Body):
+class JsonSchema(Body):
     """A named JSON schema."""
 
     name: str = Field(default="response", max_length=64)
     schema_: dict[str, JsonValue] = Field(alias="schema")
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
     """The form that the answer must take."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
@@ -122,7 +109,7 @@ class ResponseFormat(_Body):
         return self
 
 
-class GenerationRequest(_Body):
+class GenerationRequest(Body):
     """What chat and text completions have in common."""
 
     model: str | None = Field(default=None, max_length=256)
@@ -150,19 +137,12 @@ class GenerationRequest(_Body):
     return_metrics: bool | None = None
     decoder: Annotated[dict[str, JsonValue], Field(max_length=MAX_DECODER_FIELDS)] | None = None
 
-    _check_unserved = model_validator(mode="before")(_refuse_unserved)
+    _check_unserved = model_validator(mode="before")(classmethod(_refuse_unserved))
 
     @property
     def wants_usage_chunk(self) -> bool:
         """Whether a stream ends with a chunk that holds the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
-
-
-class Message(_Body):
-    """One message of a chat."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_as_text)]
 
 
 class ChatRequest(GenerationRequest):
@@ -172,6 +152,23 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=_INT64)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _has_the_tools_it_chooses(self) -> ChatRequest:
+        choice, names = self.tool_choice, {tool.function.name for tool in self.tools or ()}
+        if choice not in (None, "none") and not names:
+            raise errors.invalid("needs 'tools'", "tool_choice")
+        if isinstance(choice, NamedTool) and choice.function.name not in names:
+            raise errors.invalid("names none of 'tools'", "tool_choice")
+        return self
+
+    @property
+    def offers_tools(self) -> bool:
+        """Whether the model may call tools."""
+        return bool(self.tools) and self.tool_choice != "none"
 
 
 class CompletionRequest(GenerationRequest):
@@ -181,7 +178,7 @@ class CompletionRequest(GenerationRequest):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(Body):
     """`POST /tokenize`: a text, or the messages of a chat."""
 
     model: str | None = None
@@ -190,7 +187,7 @@ class TokenizeRequest(_Body):
     add_special_tokens: bool = True
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(Body):
     """`POST /detokenize`."""
 
     model: str | None = None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engines.target_stats import TargetStats
     from serve_app.diffusion_engine import EngineStats
+    from unmask.capture import Capture
     from unmask.pairing.server import DraftStats
 
 
@@ -49,6 +50,18 @@ def target_metrics(stats: TargetStats, link: dict[str, float] | None) -> dict[st
             "unmask_link_received_bytes_total": link["bytes_received"],
         }
     return metrics
+
+
+def capture_metrics(capture: Capture | None) -> dict[str, Any]:
+    """A target replica's capture of requests; nothing where none was asked for."""
+    if capture is None:
+        return {}
+    return {
+        "unmask_captured_requests_total": capture.stats.written,
+        "unmask_capture_dropped_total": capture.stats.dropped,
+        "unmask_capture_failures_total": capture.stats.failed,
+        "unmask_capture_bytes": capture.stats.size,
+    }
 
 
 def diffusion_metrics(stats: EngineStats) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def can_resume(options: SamplingOptions, num_sent: int) -> bool:
     """
     if num_sent == 0:
         return True
-    stateful = options.presence_penalty or options.frequency_penalty or options.json_schema
+    stateful = options.presence_penalty or options.frequency_penalty or options.json_schema or options.structural_tag
     return not stateful and num_sent < options.max_tokens
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class _Reply(BaseModel):
@@ -64,11 +64,29 @@ class ChatLogprobs(_Reply):
     content: list[TokenLogprob]
 
 
+class CalledFunction(_Reply):
+    """The function of a call."""
+
+    name: str | None = None
+    arguments: str
+
+
+class CalledTool(_Reply):
+    """A call, or what a chunk adds to it: `id`, `type` and the name come once."""
+
+    index: int | None = None
+    """Position among the calls of the message; in streams alone."""
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunction
+
+
 class ChatMessage(_Reply):
-    """A message, or what a chunk adds to it."""
+    """A message."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    tool_calls: list[CalledTool] | None = None
 
 
 class ChatDelta(_Reply):
@@ -76,6 +94,7 @@ class ChatDelta(_Reply):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[CalledTool] | None = None
 
 
 class ChatChoice(_Reply):

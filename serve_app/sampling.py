@@ -10,6 +10,9 @@ from serve_app.generation import ChoiceSpec
 from serve_app.protocol import MAX_SCHEMA_CHARS, GenerationRequest
 from unmask.types import SamplingOptions
 
+_GATHER_S = 0.05
+"""Of an answer that goes out whole: short enough for stop strings and leaving clients to take effect soon."""
+
 
 def choice_specs(body: GenerationRequest, prompts: list[list[int]], options: list[SamplingOptions]) -> list[ChoiceSpec]:
     """`n` choices for each prompt, in the API's order; a seeded request gives each of the `n` its own seed."""
@@ -37,6 +40,7 @@ def sampling_options(body: GenerationRequest, *, max_tokens: int, logprobs: int 
         frequency_penalty=body.frequency_penalty or 0.0,
         logprobs=logprobs,
         json_schema=_json_schema(body),
+        gather_s=0.0 if body.stream else _GATHER_S,
         decoder=body.decoder,
     )
 

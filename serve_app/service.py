@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -15,13 +16,14 @@ from serve_app import errors
 from serve_app.admission import Admission
 from serve_app.backend import Backend
 from serve_app.generation import ChoiceSpec, Generation, Piece
-from serve_app.protocol import GenerationRequest
+from serve_app.protocol import MAX_SCHEMA_CHARS, ChatRequest, GenerationRequest
 from serve_app.replies import ChatCompletion, Metrics, TextCompletion, Usage
 from serve_app.streaming import EventStream, until_disconnect
 from serve_app.telemetry import Telemetry
 from serve_app.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
+    from engines.tool_calls import ToolParsers, ToolRequest
     from serve_app.diffusion_rules import DiffusionRules
 
 Reply = ChatCompletion | TextCompletion
@@ -34,8 +36,8 @@ class Format(Protocol):
         """The chunk that begins a choice, if there is one."""
         ...
 
-    def chunk(self, index: int, piece: Piece) -> Reply:
-        """The chunk for what a choice has grown by."""
+    def chunk(self, index: int, piece: Piece) -> Reply | None:
+        """The chunk for what a choice has grown by, if it says anything."""
         ...
 
     def closing(self, usage: Usage | None, metrics: Metrics | None) -> Reply:
@@ -62,6 +64,8 @@ class Service:
     write_timeout_s: float = 30.0
     diffusion: DiffusionRules | None = None
     """What may be asked of a diffusion LM; None for an autoregressive model."""
+    tools: ToolParsers | None = None
+    """How the model writes tool calls; None where it is not known."""
     beside: tuple[Service, ...] = ()
     """The other models of the application."""
 
@@ -89,6 +93,20 @@ class Service:
         if body.decoder is not None:
             raise errors.invalid("the served model is not a diffusion LM; leave this option out", "decoder")
         return specs
+
+    def tool_request(self, body: ChatRequest) -> ToolRequest | None:
+        """What a chat's tools ask for; None where it offers none. Raises ApiError where the model calls no tools."""
+        if not body.offers_tools:
+            return None
+        if self.diffusion is not None:
+            raise errors.invalid("a diffusion LM calls no tools; leave this out", "tools")
+        if self.tools is None:
+            raise errors.invalid("the service has no tool parser (serve.tool_parser); leave this out", "tools")
+        names = {"tools", "tool_choice", "parallel_tool_calls", "response_format"}
+        wanted = body.model_dump(include=names, exclude_none=True, by_alias=True)
+        if len(json.dumps(wanted)) > MAX_SCHEMA_CHARS:
+            raise errors.invalid(f"exceed {MAX_SCHEMA_CHARS} characters", "tools")
+        return self.tools.request(wanted)
 
     async def answer(
         self, request: Request, body: GenerationRequest, specs: Sequence[ChoiceSpec], form: Format
@@ -163,7 +181,9 @@ class _Answer:
                     if opening is not None:
                         yield opening.to_json()
                 if piece.text or piece.finish_reason or (piece.token_ids and piece.logprobs):
-                    yield self._form.chunk(index, piece).to_json()
+                    chunk = self._form.chunk(index, piece)
+                    if chunk is not None:
+                        yield chunk.to_json()
         except errors.ApiError as error:
             yield error.event_json()
             return

@@ -17,9 +17,10 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.backend import BackendUnavailableError, ReplicaReport
 from serve_app.directory import DraftEndpoint, LinkState, keep_telling
+from serve_app.gathering import gathered
 from serve_app.link_folder import create_link_folder
 from serve_app.replica_log import join_replica_log
-from serve_app.replica_stats import target_metrics
+from serve_app.replica_stats import capture_metrics, target_metrics
 from serve_app.scaling import Rate
 from serve_app.settings import AppConfig
 from unmask.errors import ConfigError
@@ -28,6 +29,7 @@ from unmask.types import SamplingOptions, TokenDelta
 if TYPE_CHECKING:
     from engines.draft_arguments import RemoteDraftOptions
     from engines.target_engine import TargetEngine
+    from unmask.capture import Capture
 
 _WARM_UP = SamplingOptions(max_tokens=4, ignore_eos=True)
 
@@ -45,6 +47,7 @@ class Target:
         self._directory = directory
         self._secret: str = await directory.agree_on_secret.remote(None)
         self._link: _Link | None = None
+        self._capture: Capture | None = None
         self._token_rate = Rate()
         if config.serve.draft is not None:
             self._link = await asyncio.to_thread(_Link.create, config, self._secret)
@@ -52,6 +55,8 @@ class Target:
         await self._engine.start()
         async for _ in self._engine.generate("warm-up", [0, 1, 2], _WARM_UP):
             pass
+        if config.serve.capture is not None:
+            self._capture = await asyncio.to_thread(_capture, config, config.serve.capture)
         self._pids = (os.getpid(), *(child.pid for child in multiprocessing.active_children() if child.pid))
         self._telling = asyncio.create_task(keep_telling(self._tell))
 
@@ -67,9 +72,10 @@ class Target:
         from engines.offline_engine import EngineDiedError
 
         try:
-            source = cast("AsyncGenerator[TokenDelta]", self._engine.generate(request_id, prompt_ids, options))
+            on_end = self._capture.add if self._capture else None
+            source = cast("AsyncGenerator[TokenDelta]", self._engine.generate(request_id, prompt_ids, options, on_end))
             async with aclosing(source) as deltas:
-                async for delta in deltas:
+                async for delta in gathered(deltas, options.gather_s):
                     yield delta
         except EngineDiedError as error:
             raise BackendUnavailableError(str(error)) from None
@@ -91,6 +97,8 @@ class Target:
             self._telling.cancel()
         if hasattr(self, "_engine"):
             await self._engine.stop()
+        if getattr(self, "_capture", None):
+            await asyncio.to_thread(self._capture.stop)
         if getattr(self, "_link", None):
             shutil.rmtree(self._link.folder, ignore_errors=True)
 
@@ -99,7 +107,10 @@ class Target:
             raise ConfigError("the application has agreed on another secret since this replica started")
         status = self._engine.link_status()
         report = ReplicaReport(
-            role="target", replica=self._replica, pids=self._pids, stats=target_metrics(self._engine.stats(), status)
+            role="target",
+            replica=self._replica,
+            pids=self._pids,
+            stats=target_metrics(self._engine.stats(), status) | capture_metrics(self._capture),
         )
         address = self._link.address if self._link else None
         state = LinkState(address=address, connected=bool(status and status["connected"]))
@@ -167,6 +178,19 @@ class _Link:
                 target_digest=self.target_digest,
             ),
         )
+
+
+def _capture(config: AppConfig, root: str) -> Capture:
+    from unmask.capture import Capture
+    from unmask.targets import describe_target, resolve_target
+
+    options = config.serve
+    return Capture(
+        Path(root),
+        describe_target(resolve_target(config.target.model, config.target.revision)),
+        max_bytes=options.capture_mb * 2**20,
+        flush_s=options.capture_flush_s,
+    )
 
 
 def _engine(config: AppConfig, link: _Link | None) -> TargetEngine:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from serve_app import errors
-from serve_app.protocol import Message
+from serve_app.messages import Message
 from unmask.errors import CheckpointError
 
 
@@ -18,7 +19,7 @@ class ChatTokenizer:
     """Text to ids and back. Long texts are encoded off the event loop, which the tokenizer leaves free meanwhile."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self._tokenizer = tokenizer
+        self.hf = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self.vocab_size = len(tokenizer)
 
@@ -35,24 +36,28 @@ class ChatTokenizer:
         encoding = await asyncio.to_thread(self._backend.encode, text, add_special_tokens=add_special_tokens)
         return encoding.ids
 
-    async def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    async def encode_chat(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
         """Ids of a chat, up to where the assistant's answer begins.
+
+        Args:
+            messages: the chat.
+            tools: what may be called, each as in the API's `tools`.
 
         Raises:
             ApiError: the target has no chat template, or its template refuses the messages.
         """
-        if self._tokenizer.chat_template is None:
+        if self.hf.chat_template is None:
             raise errors.invalid("the served model has no chat template; use /v1/completions", "messages")
-        # Templates know no 'developer': it is the newer name of 'system'.
-        conversation = [
-            {"role": "system" if message.role == "developer" else message.role, "content": message.content}
-            for message in messages
-        ]
         try:
             text = await asyncio.to_thread(
-                self._tokenizer.apply_chat_template, conversation, tokenize=False, add_generation_prompt=True
+                self.hf.apply_chat_template,
+                [message.for_template() for message in messages],
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=True,
             )
-        except TemplateError as error:
+        # A template that meets arguments of a form that it does not expect fails as Python does.
+        except (TemplateError, TypeError, ValueError) as error:
             raise errors.invalid(f"the chat template refuses the messages: {error}", "messages") from None
         return await self.encode(str(text), add_special_tokens=False)
 
@@ -60,9 +65,13 @@ class ChatTokenizer:
         """Text of ids, special tokens left out."""
         return self._backend.decode(ids)
 
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens by their names."""
+        return self._backend.decode(ids, skip_special_tokens=False)
+
     def decode_token(self, token_id: int) -> str:
         """Text of one id; a special token's own name."""
-        return self._backend.decode([token_id], skip_special_tokens=False)
+        return self.decode_all([token_id])
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         """Refuse ids outside the vocabulary. Raises ApiError naming `param`."""

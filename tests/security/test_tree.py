@@ -79,12 +79,25 @@ def test_request_fields_are_an_allow_list(trees: dict[Path, ast.AST]) -> None:
                 assert "body" not in spread, f"{path}: {name}(**{spread})"
 
 
-def test_the_security_relevant_unit_tests_hold_without_assertions_in_the_code() -> None:
-    """The key and limit tests, with the service under `python -O` and the tests' own assertions kept."""
-    suites = ["tests/unit/serve_app/test_auth.py", "tests/unit/serve_app/test_limits.py"]
+def _run_optimised(*suites: str) -> subprocess.CompletedProcess[str]:
+    """`python -O` removes assertions, but for those of test files: pytest has rewritten them before."""
     command = [sys.executable, "-O", "-m", "pytest", "-q", "-p", "no:cacheprovider", *suites]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+
+
+def test_the_security_tests_hold_without_assertions_in_the_code() -> None:
+    suites = [f"tests/unit/serve_app/test_{name}.py" for name in ("auth", "limits", "protocol")]
+    result = _run_optimised(*suites, "tests/security/test_checkpoints.py", "tests/security/test_requests.py")
     assert result.returncode == 0, result.stdout[-2000:]
+
+
+def test_an_optimised_run_still_tells_right_from_wrong(tmp_path: Path) -> None:
+    """Without this the test above might pass because nothing is asserted at all."""
+    right, wrong = tmp_path / "test_right.py", tmp_path / "test_wrong.py"
+    right.write_text("def test_right():\n    assert not __debug__, 'not optimised'\n")
+    wrong.write_text("def test_wrong():\n    assert __debug__\n")
+    assert _run_optimised(str(right)).returncode == 0
+    assert _run_optimised(str(wrong)).returncode == 1
 
 
 def test_locked_packages_carry_hashes() -> None:

@@ -79,16 +79,19 @@ async def test_a_stream_adds_up_to_the_answer(
     n: int,
     seed: int,
 ):
-    body = chat(prompt, stop=stop, max_tokens=max_tokens, n=n, seed=seed, temperature=1)
+    body = chat(prompt, stop=stop, max_tokens=max_tokens, n=n, seed=seed, temperature=1, logprobs=True)
     whole = (await client.post("/v1/chat/completions", json=body)).json()
     backend.block = block
     *chunks, last = await stream(client, "/v1/chat/completions", body)
     texts, reasons = [""] * n, [None] * n
+    tokens: list[list[Any]] = [[] for _ in range(n)]
     for chunk in chunks:
         [choice] = chunk["choices"]
         assert reasons[choice["index"]] is None, "nothing follows the finish reason"
         texts[choice["index"]] += choice["delta"].get("content", "")
         reasons[choice["index"]] = choice["finish_reason"]
+        tokens[choice["index"]] += (choice["logprobs"] or {"content": []})["content"]
+    assert tokens == [choice["logprobs"]["content"] for choice in whole["choices"]]
     assert texts == [choice["message"]["content"] for choice in whole["choices"]]
     assert reasons == [choice["finish_reason"] for choice in whole["choices"]]
     assert last["usage"] == whole["usage"], "however the tokens were grouped"

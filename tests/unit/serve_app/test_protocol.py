@@ -17,7 +17,13 @@ from serve_app.service import Service
 from tests.unit.serve_app.conftest import MAX_MODEL_LEN
 
 USER = [{"role": "user", "content": "hi"}]
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]}]
+
+
+def call(arguments: str) -> dict[str, Any]:
+    """A message of an assistant that calls a tool."""
+    return {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": arguments}}]}
 
 
 async def post_chat(client: httpx.AsyncClient, **fields: Any) -> httpx.Response:
@@ -59,8 +65,13 @@ async def post_chat(client: httpx.AsyncClient, **fields: Any) -> httpx.Response:
         ({"messages": [{"role": "assistant", "content": None}]}, "messages.0.content"),
         ({"messages": [*USER, *IMAGE]}, "messages.1.content"),
         ({"messages": [*USER, {"role": "system", "content": "late"}]}, "messages"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": TOOLS}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, "tools.0.function.name"),
         ({"tool_choice": "auto"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "often"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"messages": [call("[1]")]}, "messages.0.tool_calls.0.function.arguments"),
+        ({"messages": [call("{")]}, "messages.0.tool_calls.0.function.arguments"),
         ({"logit_bias": {"5": 3}}, "logit_bias"),
         ({"min_p": 0.1}, "min_p"),
         ({"repetition_penalty": 1.1}, "repetition_penalty"),
@@ -95,7 +106,16 @@ async def test_bad_prompts(client: httpx.AsyncClient, prompt: Any):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"user": "x"}, {"store": True}, {"tools": []}, {"tool_choice": "none"}, {"n": None}, {"stop": None}]
+    "fields",
+    [
+        {"user": "x"},
+        {"store": True},
+        {"tools": []},
+        {"tool_choice": "none"},
+        {"tools": TOOLS, "tool_choice": "none"},
+        {"n": None},
+        {"stop": None},
+    ],
 )
 async def test_fields_that_ask_for_nothing_are_ignored(client: httpx.AsyncClient, fields: dict[str, Any]):
     assert (await post_chat(client, **fields)).status_code == 200
@@ -156,9 +176,12 @@ async def test_prompts_are_never_logged(client: httpx.AsyncClient, caplog: pytes
         await post_chat(client, messages=[{"role": secret, "content": secret}])
         refused = await post_chat(client, n=secret, decoder=secret)
         await client.get(f"/{secret}?q={secret}", headers={"X-Request-Id": f"{secret} {secret}"})
+        metrics = await client.get("/metrics")
     assert caplog.text.count("serve_app") >= 4
     assert secret not in caplog.text
     assert secret not in refused.text
+    assert "unmask_http_responses_total" in metrics.text
+    assert secret not in metrics.text
 
 
 def test_requests_become_sampling_options():
@@ -194,7 +217,7 @@ JSON_VALUES = st.recursive(
 @given(
     st.sampled_from([ChatRequest, CompletionRequest]),
     st.dictionaries(
-        st.sampled_from([*ChatRequest.model_fields, *CompletionRequest.model_fields, "tools", "min_p", "steps"]),
+        st.sampled_from([*ChatRequest.model_fields, *CompletionRequest.model_fields, "min_p", "steps"]),
         JSON_VALUES,
     ),
 )
