@@ -5,7 +5,7 @@
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
-SYSTEM_TESTS ?= tests/learning tests/vllm tests/ray tests/serve tests/fault tests/overload
+SYSTEM_TESTS ?= tests/security tests/learning tests/vllm tests/ray tests/serve tests/fault tests/overload
 CHOSEN ?= not gpu and not slow
 QUIET := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 

@@ -24,7 +24,7 @@ from benchmarks.demo import machine
 from engines.offline_engine import Completion
 from pipelines.generate import generate
 from unmask.config import GenerateConfig, PromptsConfig, Recipe
-from unmask.manifest import Manifest
+from unmask.manifest import Manifest, ShardEntry
 from unmask.types import SamplingOptions
 
 RESPONSE_TOKENS = 32
@@ -144,19 +144,38 @@ def main() -> None:
     )
     connect(num_cpus=arguments.actors)
     with tempfile.TemporaryDirectory(prefix="scale-") as folder:
-        measure(2 * arguments.rows_per_shard * arguments.actors, Path(folder), base)
+        measure(20 * arguments.rows_per_shard * arguments.actors, Path(folder), base)
         for rows in sorted(arguments.rows):
             figures = measure(rows, Path(folder), base) | {"rows_per_shard": arguments.rows_per_shard}
             print(json.dumps(figures), flush=True)
             if arguments.out:
                 record(arguments.out, figures)
+        manifest = million_shards(Path(folder))
+        print(json.dumps(manifest))
+        if arguments.out:
+            record(arguments.out, None, manifest=manifest)
 
 
-def record(path: Path, figures: dict[str, Any]) -> None:
+def million_shards(folder: Path) -> dict[str, float]:
+    """What a manifest of a million shards costs."""
+    manifest = Manifest(
+        dict.fromkeys(
+            range(1_000_000), ShardEntry(rows=1024, quarantined=0, tokens=1 << 18, size=1 << 20, sha256="ab" * 32)
+        )
+    )
+    start = time.monotonic()
+    manifest.save(folder)
+    saved = time.monotonic()
+    assert len(Manifest.load(folder).entries) == 1_000_000
+    return {"save_seconds": round(saved - start, 1), "load_seconds": round(time.monotonic() - saved, 1)}
+
+
+def record(path: Path, figures: dict[str, Any] | None, **more: Any) -> None:
     """Enter one size into the result file, replacing an earlier measurement of it."""
-    before = json.loads(path.read_text())["runs"] if path.is_file() else []
-    runs = [run for run in before if run["rows"] != figures["rows"]] + [figures]
-    tree = {"machine": machine(), "runs": sorted(runs, key=lambda run: run["rows"])}
+    tree = json.loads(path.read_text()) if path.is_file() else {"runs": []}
+    runs = [run for run in tree["runs"] if figures is None or run["rows"] != figures["rows"]]
+    runs += [] if figures is None else [figures]
+    tree |= {"machine": machine(), "runs": sorted(runs, key=lambda run: run["rows"])} | more
     path.write_text(json.dumps(tree, indent=2) + "\n")
 
 

@@ -27,6 +27,7 @@ from tests.fault.tiny import save_tiny_draft, save_tiny_target, tiny_recipe
 
 LOAD = Load(stream=True, fields={"max_tokens": 32})
 SLOTS = 8
+WARM_UP_S = 60
 LEAVES = 0.1
 """Share of the clients that go away after the first token."""
 
@@ -151,7 +152,8 @@ def main() -> None:
         url = stage.service.url
         wait_until(stage.is_whole, 120)
         capacity(url, 10)  # warms every path
-        most = capacity(url, 10)
+        most = capacity(url, 20)
+        soak(url, arguments.share * most, WARM_UP_S)  # thread pools grow to what this rate needs
         before = census()
         replies = soak(url, arguments.share * most, 60 * arguments.minutes)
         wait_until(lambda: stage.metric("unmask_requests_running") == 0, 30)

@@ -53,11 +53,11 @@ def conclude(row: str, event: str, scale: str, findings: Sequence[Finding]) -> N
 
     Args:
         row: the failure's number, such as `F1`.
-        event: what was done.
+        event: what was done; another record of the same replaces this one.
         scale: how much of it, such as `8 clients x 100 requests`.
     """
     RECORDS.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{row} {event} {scale}".lower()).strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{row} {event}".lower()).strip("-")
     record = {
         "row": row,
         "event": event,

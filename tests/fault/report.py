@@ -20,6 +20,7 @@ ROWS = {
     "F1, F2": "A target replica dies under requests of both kinds",
     "F2": "A target replica dies in the middle of streams",
     "F3": "A target replica dies in the middle of streams that cannot be continued",
+    "F4": "A target replica comes back",
     "F5": "Serve's controller dies",
     "F6": "The HTTP proxy dies",
     "F7": "A target replica hangs",
@@ -37,12 +38,6 @@ ROWS = {
     "O8": "Soak",
 }
 
-UNBUILT = {
-    "F13": "A training goes on with as many workers as it was started with: sequences, anchors and the size of a step "
-    "belong to ranks, and another number of ranks would deal them out anew.",
-}
-"""Rows that no test can measure yet, and why."""
-
 HEADER = """# Reliability
 
 What is done to the service and the pipelines by `tests/fault`, and what came of it. The table is written by
@@ -52,8 +47,8 @@ six layers, so that a test costs seconds. Its greedy text depends on every token
 would change all that follows.
 
 A figure in seconds is recorded, not asserted: it tells of the machine as much as of the code. All others fail the
-test. Where a figure is not met the reason stands below. "Whole again after" is F4: the time from the signal until every
-replica is ready and every target has its draft.
+test. Where a figure is not met the reason stands below. "Whole again after" is the time from the signal until every
+replica is ready and every target has its draft, under load; F4 is without load.
 
 """
 
@@ -91,9 +86,7 @@ def document(records: list[dict[str, Any]]) -> str:
             )
             head = ("", "")
     measured = {row for record in records for row in record["row"].split(", ")}
-    missing = [
-        f"- {row} {text}. {UNBUILT.get(row, '')}".rstrip() for row, text in ROWS.items() if not _seen(row, measured)
-    ]
+    missing = [f"- {row} {text}." for row, text in ROWS.items() if not _seen(row, measured)]
     if notes:
         lines += ["", "## Figures that are not met", "", *(f"{n}. {note}" for n, note in enumerate(notes, 1))]
     if missing:

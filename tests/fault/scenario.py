@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ class Stage:
     targets: int = 2
     victims: list[int] = field(default_factory=list)
     struck_at: float = 0.0
+    whole_after: float = 0.0
+    """Seconds from the last signal until every replica was there again."""
 
     def metric(self, name: str) -> float:
         """Sum of a metric over its labels."""
@@ -69,10 +72,20 @@ def play(stage: Stage, scenario: Scenario) -> list[Finding]:
     running = start(stage.service.url, scenario.load)
     wait_until(lambda: len(running.replies) >= scenario.after_replies or done(running), 120)
     assert not done(running), "the load ended before anything happened"
+    begun, stage.whole_after = time.monotonic(), 0.0
     for event in scenario.events:
         event(stage)
+    if stage.struck_at > begun:
+        threading.Thread(target=_note_recovery, args=(stage,), daemon=True).start()
     replies = running.stop() if scenario.until_events_end else running.wait()
     return [finding for check in scenario.checks for finding in check(stage, replies)]
+
+
+def _note_recovery(stage: Stage) -> None:
+    """Measure while the load goes on: it may end long after the replicas are back, or before."""
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: stage.is_whole() and not any(map(alive, stage.victims)), 300)
+        stage.whole_after = time.monotonic() - stage.struck_at
 
 
 def done(running: Running) -> bool:
@@ -166,8 +179,8 @@ def recovers(limit_s: float, reason: str = "") -> Check:
     """All replicas are there again and every target drafts."""
 
     def check(stage: Stage, _: list[Reply]) -> list[Finding]:
-        wait_until(stage.is_whole, 180)
-        return [at_most("whole again after", time.monotonic() - stage.struck_at, limit_s, reason=reason)]
+        wait_until(lambda: stage.whole_after > 0, 180)
+        return [at_most("whole again after", stage.whole_after, limit_s, reason=reason)]
 
     return check
 

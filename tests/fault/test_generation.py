@@ -195,7 +195,7 @@ def test_every_row_once_and_as_undisturbed(
         equal("ids, each once", len(found), rows),
         equal("rows that differ from the undisturbed run", differing, 0),
     ]
-    conclude("F12", f"SIGKILL of the {victim}, run {seed}, after {before} shards", f"{rows} rows", findings)
+    conclude("F12", f"SIGKILL of the {victim}, run {seed} of {rows} rows", f"after {before} shards", findings)
 
 
 @pytest.mark.slow

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
+import psutil
 import pytest
 
+from serve_app.backend import ReplicaReport
 from tests.fault.load import Load, Reply
-from tests.fault.record import Finding, conclude, equal
+from tests.fault.record import Finding, at_most, conclude, equal
 from tests.fault.scenario import (
     Scenario,
     Stage,
@@ -19,6 +23,7 @@ from tests.fault.scenario import (
     same_text,
     slowest_answer,
     stop,
+    wait_until,
 )
 
 pytestmark = pytest.mark.timeout(600)
@@ -38,6 +43,33 @@ def test_a_killed_target_is_not_seen(stage: Stage, expected: Answers, row: str) 
     checks = [no_failures, same_text(expected), in_time, recovers(60), nothing_left]
     findings = play(stage, Scenario(load=load, events=[kill("target")], checks=checks))
     conclude(row, "SIGKILL one of two targets", f"8 clients x {load.requests} {kind}", findings)
+
+
+@pytest.mark.slow
+def test_a_killed_target_is_back_soon(stage: Stage) -> None:
+    """Without load, so that the seconds are those of the start alone."""
+    wait_until(stage.is_whole, 120)
+    before, begun = set(stage.pids("target")), time.time()
+    kill("target")(stage)
+
+    def successor() -> ReplicaReport | None:
+        new = [report for report in stage.service.reports() if report.role == "target" and report.pids[0] not in before]
+        return new[0] if new else None
+
+    ready = wait_until(successor, 120)
+    report = successor()
+    assert report is not None
+    engine = max(psutil.Process(pid).create_time() for pid in report.pids[1:]) - begun
+    whole = ready + wait_until(stage.is_whole, 60)
+    reason = (
+        f"The replica imports vLLM, which after {engine:.0f} s started the engine's process, which imports it again; "
+        "weights and warm-up are the smaller part. Only a replica in reserve would be there sooner."
+    )
+    findings = [
+        at_most("ready again after", ready, 10, reason=reason),
+        at_most("drafts again after", whole, 10, reason=reason),
+    ]
+    conclude("F4", "SIGKILL one of two targets", "no load", findings)
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def descendants(mark: str) -> list[psutil.Process]:
 def leavings(begun: float, temporary: Path) -> list[Path]:
     """Shared memory segments of no running process made since, and our folders in the service's own `TMPDIR`."""
     folders = temporary.glob("unmask-*")
-    segments = (path for path in Path("/dev/shm").iterdir() if not _is_mapped(path))
+    segments = (path for path in Path("/dev/shm").rglob("*") if path.is_file() and not _is_mapped(path))
     return [path for path in (*segments, *folders) if path.stat().st_mtime >= begun]
 
 

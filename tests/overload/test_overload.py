@@ -129,7 +129,7 @@ def test_clients_that_go_away(service: Stage, cycles: int) -> None:
         equal("requests left in the engine", service.metric("vllm:num_requests_running"), 0.0),
         at_most("slot free again, median, one look included", percentile(freed, 0.5), 0.1),
     ]
-    conclude("O2", "clients hang up after the first token", f"{cycles} times", findings)
+    conclude("O2", f"{cycles} clients hang up after the first token", "one at a time", findings)
 
 
 def test_a_slow_reader_holds_no_slot(service: Stage) -> None:

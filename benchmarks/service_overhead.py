@@ -1,0 +1,176 @@
+"""`python -m benchmarks.service_overhead [--requests 200] [--out FILE]`: what the service adds to the engine's time.
+
+The same tiny target runs twice: behind the service (proxy, ingress, replica) and as a bare engine in this process. Each
+prompt is asked of both in turn, so that whatever else the machine does falls on both alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import httpx
+
+from engines.target_engine import TargetEngine
+from tests.fault.load import percentile
+from tests.fault.record import Finding, at_most, conclude
+from tests.fault.tiny import VOCAB, save_tiny_target, tiny_recipe
+from unmask.config import Recipe
+from unmask.types import SamplingOptions
+
+MAX_TOKENS = 32
+PROMPT_LEN = 16
+WARM_UP = 20
+RESULTS = Path(__file__).parent / "results" / "service_overhead.json"
+
+
+@dataclass(slots=True)
+class Timing:
+    """One request: when its parts came, in seconds from its start."""
+
+    times: list[float] = field(default_factory=list)
+    total_s: float = 0.0
+
+    @property
+    def gaps(self) -> list[float]:
+        """Between one part and the next."""
+        return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
+
+
+async def ask_engine(engine: TargetEngine, prompt_ids: list[int], request_id: str) -> Timing:
+    """One request to the bare engine."""
+    timing, begun = Timing(), time.perf_counter()
+    options = SamplingOptions(max_tokens=MAX_TOKENS, ignore_eos=True)
+    async for _ in engine.generate(request_id, prompt_ids, options):
+        timing.times.append(time.perf_counter() - begun)
+    timing.total_s = time.perf_counter() - begun
+    return timing
+
+
+async def ask_service(http: httpx.AsyncClient, prompt_ids: list[int], *, stream: bool) -> Timing:
+    """The same request to the service."""
+    timing, begun = Timing(), time.perf_counter()
+    body = {"prompt": prompt_ids, "max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True, "stream": stream}
+    async with http.stream("POST", "/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for part in response.aiter_raw():
+            timing.times += [time.perf_counter() - begun] * part.count(b'"text"')
+    timing.total_s = time.perf_counter() - begun
+    return timing
+
+
+async def compare(engine: TargetEngine, url: str, requests: int) -> dict[str, list[Timing]]:
+    """Timings of `requests` prompts, each asked in every way, in an order that changes."""
+    order, found = random.Random(0), {"engine": [], "streamed": [], "whole": []}
+    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+        for number in range(WARM_UP + requests):
+            prompt_ids = [order.randrange(100, VOCAB) for _ in range(PROMPT_LEN)]
+            ways = list(found)
+            order.shuffle(ways)
+            for way in ways:
+                if way == "engine":
+                    timing = await ask_engine(engine, prompt_ids, f"bare-{number}")
+                else:
+                    timing = await ask_service(http, prompt_ids, stream=way == "streamed")
+                if number >= WARM_UP:
+                    found[way].append(timing)
+    return found
+
+
+def findings(found: dict[str, list[Timing]]) -> list[Finding]:
+    """Row O9: the service's time minus the engine's, of each pair; and how much longer a reader waits for a token."""
+    checks = []
+    for way in ("whole", "streamed"):
+        added = _added_ms(found[way], found["engine"])
+        checks.append(at_most(f"added to a {way} answer, p50", percentile(added, 0.5), 15, "ms"))
+        checks.append(at_most(f"added to a {way} answer, p95", percentile(added, 0.95), 25, "ms"))
+    stall = _p95_gap_ms(found["streamed"]) - _p95_gap_ms(found["engine"])
+    return [*checks, at_most("added between tokens, p95", stall, 5, "ms")]
+
+
+def summary(found: dict[str, list[Timing]]) -> dict[str, dict[str, float]]:
+    """Percentiles in milliseconds, by the way of asking."""
+    return {
+        way: {
+            "total_p50_ms": 1e3 * percentile([t.total_s for t in timings], 0.5),
+            "total_p95_ms": 1e3 * percentile([t.total_s for t in timings], 0.95),
+            "first_p50_ms": 1e3 * percentile([t.times[0] for t in timings], 0.5),
+            "gap_p50_ms": 1e3 * percentile([gap for t in timings for gap in t.gaps] or [0.0], 0.5),
+            "gap_p95_ms": _p95_gap_ms(timings),
+        }
+        for way, timings in found.items()
+    }
+
+
+def _added_ms(service: Sequence[Timing], engine: Sequence[Timing]) -> list[float]:
+    return [1e3 * (one.total_s - bare.total_s) for one, bare in zip(service, engine, strict=True)]
+
+
+def _p95_gap_ms(timings: Sequence[Timing]) -> float:
+    return 1e3 * percentile([gap for timing in timings for gap in timing.gaps] or [0.0], 0.95)
+
+
+def served_recipe(folder: Path) -> Recipe:
+    """A tiny target alone: a draft would make the engine's own time vary."""
+    target = save_tiny_target(folder / "target")
+    recipe = tiny_recipe(target, target, target_replicas=1)
+    return replace(recipe, serve=replace(recipe.serve, draft=None))
+
+
+async def measure(recipe: Recipe, url: str, requests: int) -> dict[str, list[Timing]]:
+    """Start the bare engine and compare."""
+    engine = TargetEngine(recipe.target, dtype=recipe.serve.dtype, max_num_seqs=recipe.serve.max_num_seqs)
+    await engine.start()
+    try:
+        return await compare(engine, url, requests)
+    finally:
+        await engine.stop()
+
+
+def main() -> None:
+    """Measure and record row O9."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.service_overhead", description=__doc__)
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    import ray
+
+    from serve_app.handle import serve_pairing
+
+    variables = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    ray.init(
+        address="local",
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+        runtime_env={"env_vars": variables},
+    )
+    with tempfile.TemporaryDirectory(prefix="u") as folder:
+        recipe = served_recipe(Path(folder))
+        handle = serve_pairing(recipe)
+        found = asyncio.run(measure(recipe, handle.url, arguments.requests))
+        handle.shutdown()
+    checks = findings(found)
+    figures = {
+        "scale": f"{arguments.requests} requests of {MAX_TOKENS} tokens, one at a time, on {os.cpu_count()} cores",
+        "load": round(os.getloadavg()[0], 1),
+        "ways": summary(found),
+        "findings": [{"what": c.what, "required": c.required, "measured": c.measured, "met": c.met} for c in checks],
+    }
+    print(json.dumps(figures, indent=2))
+    arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
+    conclude("O9", "the service's own time", figures["scale"], checks)
+
+
+if __name__ == "__main__":
+    main()
