@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from unmask.pairing.hello import NO_DIGEST, TargetShape
 from unmask.pairing.link_file import read_link_file
 from unmask.pairing.page_hashes import PageHashes
 from unmask.pairing.policy import KController
+from unmask.pairing.request_numbers import RequestNumbers
 from unmask.pairing.status import LinkStatus
 from unmask.pairing.step_clock import StepClock
 from unmask.types import ProposalRow
@@ -84,8 +84,7 @@ class RemoteDraft:
         self._epoch = 0.0
         self._link: DraftFleet | None = None
         self._step: _TargetStep | None = None
-        self._numbers: dict[str, int] = {}
-        self._next_number = itertools.count(1)
+        self._numbers = RequestNumbers()
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Called by vLLM when the target is loaded; the draft's weights live elsewhere."""
@@ -126,7 +125,7 @@ class RemoteDraft:
         batch = step.runner.input_batch
         num_requests = len(batch.req_ids)
         drafted = step.spec_decode_metadata.num_draft_tokens if step.spec_decode_metadata else [0] * num_requests
-        requests = [self._number(name) for name in batch.req_ids]
+        requests = [self._numbers.of(name) for name in batch.req_ids]
         rows, kept = feature_rows(
             requests,
             batch.num_computed_tokens_cpu[:num_requests],
@@ -152,15 +151,9 @@ class RemoteDraft:
         end = row.start + row.num_features
         return replace(row, page_hashes=self._hashes.of(row.request, row.start, end, tokens)) if self._hashes else row
 
-    def _number(self, name: str) -> int:
-        number = self._numbers.get(name)
-        if number is None:
-            number = self._numbers[name] = next(self._next_number)
-        return number
-
     def _release(self, running: dict[str, Any]) -> list[int]:
         """Numbers of requests that the runner has forgotten since the last step, whichever step they ended in."""
-        ended = [self._numbers.pop(name) for name in self._numbers.keys() - running.keys()]
+        ended = self._numbers.forget_all_but(running)
         if self._hashes is not None:
             for number in ended:
                 self._hashes.forget(number)

@@ -39,6 +39,7 @@ from serve_app.settings import (
 )
 from serve_app.target import Target
 from serve_app.telemetry import Telemetry
+from serve_app.tracing import Tracing
 from unmask.config import ServeConfig
 from unmask.errors import CheckpointError, ConfigError
 
@@ -73,6 +74,7 @@ class Ingress:
         target_admission = Admission(config.slots, options.max_queued)
         diffusion_admission = Admission(config.diffusion_slots, options.max_queued)
         telemetry = Telemetry(target_admission, diffusion_admission)
+        self._tracing = Tracing(options.traces_endpoint, "ingress")
         services = []
         if target is not None:
             backend = ReplicaBackend(target, directory, telemetry.resumed.inc)
@@ -85,7 +87,7 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""
         # Serve's proxy puts the request id on every response, its own included.
-        return create_app(self._service, self._keys, sets_request_id=False)
+        return create_app(self._service, self._keys, self._tracing, sets_request_id=False)
 
     async def reports(self) -> Sequence[ReplicaReport]:
         """Every live replica, for the process that started the service."""

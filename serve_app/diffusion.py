@@ -18,6 +18,7 @@ from serve_app.directory import keep_telling
 from serve_app.replica_log import join_replica_log
 from serve_app.replica_stats import diffusion_metrics
 from serve_app.settings import AppConfig
+from serve_app.tracing import Tracing
 from unmask.decoding.request import DecodeRequest
 from unmask.types import SamplingOptions, TokenDelta
 
@@ -34,6 +35,7 @@ class Diffusion:
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._directory = directory
         options = config.serve
+        self._tracing = Tracing(options.traces_endpoint, "diffusion", self._replica)
         self._engine = await asyncio.to_thread(StreamingEngine, lambda: load_library(options), engine_config(options))
         async for _ in self._engine.generate(warm_up_request(library_shape(options).denoiser), None):
             pass
@@ -56,9 +58,15 @@ class Diffusion:
         """
         request = DecodeRequest(request_id=request_id, prompt_ids=tuple(prompt_ids), options=options, prefix=prefix)
         source = cast("AsyncGenerator[TokenDelta]", self._engine.generate(request, options.decoder))
-        async with aclosing(source) as deltas:
-            async for delta in deltas:
-                yield delta
+        span, tokens = self._tracing.start("generate", options.traceparent), 0
+        try:
+            async with aclosing(source) as deltas:
+                async for delta in deltas:
+                    tokens += len(delta.token_ids)
+                    yield delta
+        finally:
+            counts = {"gen_ai.usage.input_tokens": len(prompt_ids), "gen_ai.usage.output_tokens": tokens}
+            self._tracing.finish(span, counts)
 
     async def check_health(self) -> None:
         """Called by Serve: waits until the engine has answered; a replica that raises is replaced."""
@@ -72,6 +80,8 @@ class Diffusion:
             self._telling.cancel()
         if hasattr(self, "_engine"):
             await asyncio.to_thread(self._engine.stop)
+        if hasattr(self, "_tracing"):
+            await asyncio.to_thread(self._tracing.close)
 
     async def _tell(self) -> None:
         report = ReplicaReport(

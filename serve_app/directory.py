@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ray.exceptions import RayError
@@ -22,6 +22,7 @@ from serve_app.backend import ReplicaReport
 logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
+MAX_CONTEXTS = 10_000
 EXPIRY_S = 5.0
 """A replica that has been silent this long is taken for gone; a busy CPU delays beats by seconds."""
 
@@ -62,6 +63,7 @@ class Registry:
         self._entries: dict[str, _Entry] = {}
         self._secret: str | None = None
         self._draft: str | None = None
+        self._contexts: dict[int, str] = {}
 
     def agree_on_secret(self, current: str | None) -> str:
         """The application's shared secret. The first replica with one decides; without any, one is made."""
@@ -80,6 +82,16 @@ class Registry:
         """
         self._draft = self._draft or current
         return self._draft
+
+    def note_contexts(self, contexts: Mapping[int, str]) -> None:
+        """Trace contexts (`traceparent`) of requests by their span ids; the newest `MAX_CONTEXTS` are kept."""
+        self._contexts |= contexts
+        for number in list(self._contexts)[:-MAX_CONTEXTS]:
+            del self._contexts[number]
+
+    def contexts_of(self, numbers: Sequence[int]) -> dict[int, str]:
+        """Trace contexts of those that are known."""
+        return {number: self._contexts[number] for number in numbers if number in self._contexts}
 
     def note_draft(self, report: ReplicaReport, endpoint: DraftEndpoint) -> None:
         """A draft replica is alive."""
@@ -142,6 +154,14 @@ class Directory:
     async def agree_on_draft(self, current: str | None) -> str | None:
         """See `Registry.agree_on_draft`."""
         return self._registry.agree_on_draft(current)
+
+    async def note_contexts(self, contexts: Mapping[int, str]) -> None:
+        """See `Registry.note_contexts`."""
+        self._registry.note_contexts(contexts)
+
+    async def contexts_of(self, numbers: Sequence[int]) -> dict[int, str]:
+        """See `Registry.contexts_of`."""
+        return self._registry.contexts_of(numbers)
 
     async def note_draft(self, report: ReplicaReport, endpoint: DraftEndpoint) -> None:
         """See `Registry.note_draft`."""

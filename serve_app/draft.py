@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,13 +19,20 @@ from serve_app.replica_log import join_replica_log
 from serve_app.replica_stats import draft_metrics
 from serve_app.scaling import Rate
 from serve_app.settings import AppConfig
+from serve_app.tracing import Tracing
 from unmask.errors import CheckpointError, ConfigError, PairingError
 
 if TYPE_CHECKING:
+    from unmask.pairing.request_log import DraftedRequest
     from unmask.pairing.server import DraftServer
     from unmask.types import TargetRecord
 
 logger = logging.getLogger(__name__)
+
+_ENDED_S = 2.0
+"""A traced request that no step has named for so long has ended."""
+_FORGOTTEN_S = 30.0
+"""How long its target may take to say which trace it belongs to."""
 
 
 class Draft:
@@ -47,6 +55,8 @@ class Draft:
         self._swapped_in: str | None = None
         self._refused: str | None = None
         self._num_refused = 0
+        self._tracing = Tracing(config.serve.traces_endpoint, "draft", self._replica)
+        self._untold: list[DraftedRequest] = []
         self._server, self._record = await asyncio.to_thread(_start_server, config, self._secret)
         self._telling = asyncio.create_task(keep_telling(self._tell))
 
@@ -69,6 +79,8 @@ class Draft:
         """Called by Serve when the replica goes: targets notice at once."""
         if hasattr(self, "_server"):
             self._server.stop()
+        if hasattr(self, "_tracing"):
+            await asyncio.to_thread(self._tracing.close)
 
     async def _tell(self) -> None:
         if await self._directory.agree_on_secret.remote(self._secret) != self._secret:
@@ -85,6 +97,28 @@ class Draft:
             checkpoint=self._swapped_in or self._first,
         )
         await self._directory.note_draft.remote(report, self.endpoint())
+        if self._tracing.enabled:
+            await self._trace(time.time())
+
+    async def _trace(self, now_s: float) -> None:
+        """Spans of what was drafted for requests that have ended, under those of their targets."""
+        self._untold += self._server.take_traced(now_s - _ENDED_S)
+        contexts = await self._directory.contexts_of.remote([request.number for request in self._untold])
+        for request in self._untold:
+            if (parent := contexts.get(request.number)) is None:
+                continue
+            span = self._tracing.start("draft", parent, begun_s=request.begun_s)
+            attributes = {
+                "unmask.draft_steps": request.steps,
+                "unmask.proposed_tokens": request.proposed_tokens,
+                "unmask.compute_ms": request.compute_s * 1e3,
+            }
+            self._tracing.finish(span, attributes, ended_s=request.ended_s)
+        self._untold = [
+            request
+            for request in self._untold
+            if request.number not in contexts and request.ended_s > now_s - _FORGOTTEN_S
+        ]
 
     async def _swap(self, path: str) -> None:
         from unmask.pairing.replacement import replace_draft

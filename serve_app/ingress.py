@@ -20,6 +20,7 @@ from serve_app.protocol import ChatRequest, CompletionRequest, DetokenizeRequest
 from serve_app.replies import ChatCompletion, ModelCard, ModelList, Text, TextCompletion, Tokens
 from serve_app.service import Service
 from serve_app.telemetry import CONTENT_TYPE
+from serve_app.tracing import Tracing
 
 _ERROR_STATUSES = {
     400: "The request is at fault",
@@ -33,12 +34,15 @@ _ERROR_STATUSES = {
 }
 
 
-def create_app(service: Service, keys: KeyFile | None = None, *, sets_request_id: bool = True) -> FastAPI:
+def create_app(
+    service: Service, keys: KeyFile | None = None, tracing: Tracing | None = None, *, sets_request_id: bool = True
+) -> FastAPI:
     """The application.
 
     Args:
         service: what the endpoints serve from.
         keys: accepted API keys; None asks for none.
+        tracing: where spans go; None records none.
         sets_request_id: put `X-Request-Id` on responses; false behind a proxy that does so itself.
     """
     app = FastAPI(
@@ -55,7 +59,8 @@ def create_app(service: Service, keys: KeyFile | None = None, *, sets_request_id
     app.include_router(_operator_routes(service))
     if keys is not None:
         app.add_middleware(RequireKey, keys=keys)
-    app.add_middleware(Observe, telemetry=service.telemetry, sets_header=sets_request_id)
+    tracing = tracing or Tracing(None, "ingress")
+    app.add_middleware(Observe, telemetry=service.telemetry, tracing=tracing, sets_header=sets_request_id)
     return app
 
 

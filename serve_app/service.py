@@ -6,7 +6,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from starlette.requests import ClientDisconnect, Request
@@ -21,6 +21,7 @@ from serve_app.replies import ChatCompletion, Metrics, TextCompletion, Usage
 from serve_app.streaming import EventStream, until_disconnect
 from serve_app.telemetry import Telemetry
 from serve_app.tokenizer import ChatTokenizer
+from serve_app.tracing import NO_SPAN, Span, traceparent
 
 if TYPE_CHECKING:
     from engines.tool_calls import ToolParsers, ToolRequest
@@ -112,17 +113,18 @@ class Service:
         self, request: Request, body: GenerationRequest, specs: Sequence[ChoiceSpec], form: Format
     ) -> Response:
         """Generate and answer. Errors before the first token have an HTTP status, later ones are stream events."""
+        span: Span = getattr(request.state, "span", NO_SPAN)
         generation = Generation(
             # Clients may give several requests one id; the engine must tell them apart.
             f"{request.state.request_id}-{secrets.token_hex(4)}",
-            specs,
+            _with_context(specs, traceparent(span)),
             backend=self.backend,
             admission=self.admission,
             decode=self.tokenizer.decode,
             deadline_s=self.deadline_s,
             api_key=getattr(request.state, "api_key", ""),
         )
-        answer = _Answer(self, body, specs, form, generation)
+        answer = _Answer(self, body, specs, form, generation, span)
         streaming = False
         try:
             if body.stream:
@@ -138,6 +140,12 @@ class Service:
                 await generation.aclose()
 
 
+def _with_context(specs: Sequence[ChoiceSpec], context: str | None) -> Sequence[ChoiceSpec]:
+    if context is None:
+        return specs
+    return [replace(spec, options=replace(spec.options, traceparent=context)) for spec in specs]
+
+
 class _Answer:
     """The pieces of one request, gathered and put into the endpoint's words."""
 
@@ -148,11 +156,13 @@ class _Answer:
         specs: Sequence[ChoiceSpec],
         form: Format,
         generation: Generation,
+        span: Span,
     ) -> None:
         self._service = service
         self._body = body
         self._form = form
         self._generation = generation
+        self._span = span
         self._choices = [Piece() for _ in specs]
         prompts = specs[:: body.n or 1]
         self._prompt_tokens = sum(len(spec.prompt_ids) for spec in prompts)
@@ -223,6 +233,16 @@ class _Answer:
         telemetry.queue_time.observe(queued)
         telemetry.first_token_time.observe(to_first)
         telemetry.total_time.observe(total)
+        self._span.set_attributes(
+            {
+                "gen_ai.request.model": self._service.model,
+                "gen_ai.usage.input_tokens": self._prompt_tokens,
+                "gen_ai.usage.output_tokens": completion_tokens,
+                "gen_ai.response.finish_reasons": [choice.finish_reason or "" for choice in self._choices],
+                "unmask.queue_ms": queued * 1e3,
+                "unmask.time_to_first_token_ms": to_first * 1e3,
+            }
+        )
         if not self._body.return_metrics:
             return usage, None
         forwards = self._num_forwards()

@@ -23,7 +23,9 @@ from serve_app.replica_log import join_replica_log
 from serve_app.replica_stats import capture_metrics, target_metrics
 from serve_app.scaling import Rate
 from serve_app.settings import AppConfig
+from serve_app.tracing import Tracing, span_id, traceparent
 from unmask.errors import ConfigError
+from unmask.pairing.request_numbers import traced_name
 from unmask.types import SamplingOptions, TokenDelta
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ class Target:
         self._link: _Link | None = None
         self._capture: Capture | None = None
         self._token_rate = Rate()
+        self._tracing = Tracing(config.serve.traces_endpoint, "target", self._replica)
+        self._contexts: dict[int, str] = {}
         if config.serve.draft is not None:
             self._link = await asyncio.to_thread(_Link.create, config, self._secret)
         self._engine = _engine(config, self._link)
@@ -71,14 +75,22 @@ class Target:
         """
         from engines.offline_engine import EngineDiedError
 
+        span, reply = self._tracing.start("generate", options.traceparent), _Outcome()
+        context = traceparent(span)
+        if context is not None:
+            request_id = traced_name(request_id, span_id(span))
+            self._contexts[span_id(span)] = context
         try:
             on_end = self._capture.add if self._capture else None
             source = cast("AsyncGenerator[TokenDelta]", self._engine.generate(request_id, prompt_ids, options, on_end))
             async with aclosing(source) as deltas:
                 async for delta in gathered(deltas, options.gather_s):
+                    reply.add(delta)
                     yield delta
         except EngineDiedError as error:
             raise BackendUnavailableError(str(error)) from None
+        finally:
+            self._tracing.finish(span, reply.attributes(len(prompt_ids)))
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve: the tokens generated each second since the last call."""
@@ -99,12 +111,17 @@ class Target:
             await self._engine.stop()
         if getattr(self, "_capture", None):
             await asyncio.to_thread(self._capture.stop)
+        if hasattr(self, "_tracing"):
+            await asyncio.to_thread(self._tracing.close)
         if getattr(self, "_link", None):
             shutil.rmtree(self._link.folder, ignore_errors=True)
 
     async def _tell(self) -> None:
         if await self._directory.agree_on_secret.remote(self._secret) != self._secret:
             raise ConfigError("the application has agreed on another secret since this replica started")
+        if self._contexts:
+            contexts, self._contexts = self._contexts, {}
+            await self._directory.note_contexts.remote(contexts)
         status = self._engine.link_status()
         report = ReplicaReport(
             role="target",
@@ -117,6 +134,28 @@ class Target:
         endpoint: DraftEndpoint | None = await self._directory.note_target.remote(report, state)
         if self._link and endpoint and endpoint.address != address:
             self._link.point_to(endpoint.address)
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What became of a request, for its span."""
+
+    tokens: int = 0
+    reason: str = "cancelled"
+    forwards: int | None = None
+
+    def add(self, delta: TokenDelta) -> None:
+        self.tokens += len(delta.token_ids)
+        self.reason = delta.finish_reason or self.reason
+        self.forwards = delta.num_forwards
+
+    def attributes(self, prompt_tokens: int) -> dict[str, str | int | float]:
+        found: dict[str, str | int | float] = {
+            "gen_ai.usage.input_tokens": prompt_tokens,
+            "gen_ai.usage.output_tokens": self.tokens,
+            "gen_ai.response.finish_reasons": self.reason,
+        }
+        return found | ({"unmask.target_forwards": self.forwards} if self.forwards else {})
 
 
 @dataclass(slots=True)

@@ -82,6 +82,8 @@ class SamplingOptions:
     """For how long a replica may gather tokens, in seconds, before it passes them on."""
     decoder: dict[str, Any] | None = None
     """How a diffusion LM decodes this request; None leaves it to the service."""
+    traceparent: str | None = None
+    """W3C trace context of whoever asks; None where the request is not traced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

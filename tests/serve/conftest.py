@@ -11,6 +11,8 @@ import httpx
 import pytest
 import torch
 
+from tests.trace_collector import Collector
+
 ROOT = Path(__file__).parents[2]
 K = 5
 
@@ -79,8 +81,15 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture(scope="session")
+def collector() -> Iterator[Collector]:
+    collector = Collector()
+    yield collector
+    collector.close()
+
+
 @pytest.fixture(scope="module")
-def service(ray_cluster: None, draft_dir: Path):
+def service(ray_cluster: None, draft_dir: Path, collector: Collector):
     from serve_app.handle import serve_pairing
     from unmask.config import GenerateConfig, Recipe, ServeConfig, TargetConfig
 
@@ -88,7 +97,14 @@ def service(ray_cluster: None, draft_dir: Path):
         Recipe(
             target=TargetConfig(max_model_len=256),
             generate=GenerateConfig(max_new_tokens=64),
-            serve=ServeConfig(port=0, draft=str(draft_dir), dtype="float32", max_num_seqs=4, max_queued=4),
+            serve=ServeConfig(
+                port=0,
+                draft=str(draft_dir),
+                dtype="float32",
+                max_num_seqs=4,
+                max_queued=4,
+                traces_endpoint=collector.url,
+            ),
         )
     )
     yield handle

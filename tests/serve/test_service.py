@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import signal
 import threading
 import time
@@ -19,6 +20,7 @@ import pytest
 
 from actors.cluster import FaultError
 from tests.serve.conftest import K
+from tests.trace_collector import Collector
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -107,6 +109,30 @@ def test_the_official_client(service, reference: dict[str, Any]):
     with pytest.raises(openai.BadRequestError) as refused:
         official.chat.completions.create(model="unmask", messages=BODY["messages"], max_tokens=10_000)
     assert refused.value.param == "max_tokens"
+
+
+def test_a_request_is_one_trace(client: httpx.Client, collector: Collector, reference: dict[str, Any]):
+    trace_id, parent = secrets.token_hex(16), secrets.token_hex(8)
+    response = client.post(
+        "/v1/completions",
+        json={"model": "unmask", "prompt": "A secret: one, two", "max_tokens": 8, "ignore_eos": True},
+        headers={"traceparent": f"00-{trace_id}-{parent}-01"},
+    )
+    assert response.status_code == 200
+    services = {"unmask-ingress", "unmask-target", "unmask-draft"}
+    wait_until(lambda: services <= collector.of_trace(trace_id).keys(), 40)
+    spans = collector.of_trace(trace_id)
+    ingress, target, draft = (spans[f"unmask-{role}"] for role in ("ingress", "target", "draft"))
+    assert ingress.name == "POST /v1/completions"
+    assert ingress.parent_span_id.hex() == parent
+    assert target.parent_span_id == ingress.span_id
+    assert draft.parent_span_id == target.span_id
+    told = {one.key: one.value for one in target.attributes}
+    assert told["gen_ai.usage.output_tokens"].int_value == 8
+    assert {one.key: one.value for one in draft.attributes}["unmask.draft_steps"].int_value >= 1
+    assert ingress.start_time_unix_nano <= target.start_time_unix_nano <= draft.start_time_unix_nano
+    assert draft.end_time_unix_nano <= target.end_time_unix_nano <= ingress.end_time_unix_nano
+    assert all("secret" not in str(span) for span in spans.values())
 
 
 def test_options_reach_the_engine(client: httpx.Client, reference: dict[str, Any]):

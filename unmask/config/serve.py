@@ -77,6 +77,9 @@ class ServeConfig:
     """A request that is not finished by then ends (504)."""
     api_keys_file: str | None = None
     """File of accepted API keys, `name:sha256` a line; None asks for no key."""
+    traces_endpoint: str | None = None
+    """OTLP collector (http://HOST:4318) that gets a span of every request from ingress, replica and draft; None traces
+    nothing."""
     capture: str | None = None
     """Directory in which target replicas keep finished requests (token ids alone) for `on_policy`; None keeps none."""
     capture_mb: int = 1024
@@ -113,6 +116,11 @@ class ServeConfig:
             require(getattr(self, name) >= 0, f"serve.{name}", "must not be negative")
         for name in ("draft_timeout_ms", "draft_retry_s", "capture_flush_s"):
             require(getattr(self, name) > 0, f"serve.{name}", "must be positive")
+        require(
+            self.traces_endpoint is None or self.traces_endpoint.startswith(("http://", "https://")),
+            "serve.traces_endpoint",
+            "must be the http:// or https:// address of an OTLP collector",
+        )
         require(0 <= self.port <= 65535, "serve.port", "must be a port number (0 picks a free one)")
         require(
             self.num_speculative_tokens is None or self.num_speculative_tokens >= 1,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from unmask.pairing.draft_engine import DraftEngine
+from unmask.pairing.request_log import RequestLog
 from unmask.pairing.wire import Proposals, Step
 
 Answer = Callable[[Proposals | None], None]
@@ -32,6 +33,7 @@ class Batcher:
         self.proposals = 0
         self.proposed_tokens = 0
         self.busy_s = 0.0
+        self.log = RequestLog()
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -68,11 +70,14 @@ class Batcher:
     def _run_batch(self, batch: list[tuple[int, Step, Answer]]) -> None:
         started = time.monotonic()
         replies = self._engine.step([(session, step) for session, step, _ in batch])
-        self.busy_s += time.monotonic() - started
+        took = time.monotonic() - started
+        ended_at = time.time()
+        self.busy_s += took
         self.steps += 1
         self.messages += len(batch)
-        for (_, _, answer), reply in zip(batch, replies, strict=True):
+        for (_, step, answer), reply in zip(batch, replies, strict=True):
             if reply is not None:
+                self.log.note(step.rows["request"], reply.counts, ended_at - took, ended_at)
                 self.proposals += int((reply.counts > 0).sum())
                 self.proposed_tokens += int(reply.counts.sum())
             answer(reply)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +18,7 @@ from unmask.pairing.mailbox import Control, Mailbox, take_tokens
 from unmask.pairing.mailbox_layout import DEPTH
 from unmask.pairing.mailbox_words import BEGUN, DOORBELL, OFFERED, REPLY, SERVING, STEP_MASK, TAKEN, is_reached
 from unmask.pairing.packed_rows import StepTensors, pack_rows
+from unmask.pairing.request_numbers import RequestNumbers
 from unmask.pairing.stream_words import StreamWords
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,7 @@ class MailboxTarget:
     ) -> None:
         self._mailbox, self._words, self._shape, self._device, self._absent = mailbox, words, shape, device, absent
         self._step = mailbox.word(DOORBELL)
-        self._numbers: dict[str, int] = {}
-        self._next_number = itertools.count(1)
+        self._numbers = RequestNumbers()
         self._finished: list[tuple[int, int]] = []
         self._token_words = torch.from_numpy(mailbox.tokens)
         self._offer: Hello | None = None
@@ -81,8 +80,7 @@ class MailboxTarget:
 
     def finish(self, names: Iterable[str]) -> None:
         """Requests that have ended."""
-        ended = [self._numbers.pop(name) for name in names if name in self._numbers]
-        self._finished += [(self._step + 1, number) for number in ended]
+        self._finished += [(self._step + 1, number) for number in self._numbers.forget(names)]
 
     def propose(
         self,
@@ -120,7 +118,7 @@ class MailboxTarget:
                 number=number,
                 num_speculative_tokens=min(k, self._mailbox.layout.max_k),
                 draft_version=offer.draft_version,
-                requests=np.array([self._number(name) for name in names], dtype=np.uint64),
+                requests=np.array([self._numbers.of(name) for name in names], dtype=np.uint64),
                 finished=self._unread_finished(),
             )
         )
@@ -146,12 +144,6 @@ class MailboxTarget:
             pack_rows_on_gpu(self._mailbox, self._words.address, step, features, number, longest)
         else:
             pack_rows(self._mailbox, step, features, number)
-
-    def _number(self, name: str) -> int:
-        number = self._numbers.get(name)
-        if number is None:
-            number = self._numbers[name] = next(self._next_number)
-        return number
 
     def _unread_finished(self) -> np.ndarray:
         """Ended requests that the draft's side has not read of, as many as fit; they are repeated until it has."""

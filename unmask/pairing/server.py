@@ -30,6 +30,7 @@ from unmask.pairing.handshake import authenticate_as_draft
 from unmask.pairing.hello import encode_hello
 from unmask.pairing.local_drafting import LocalDrafting
 from unmask.pairing.mailbox_folder import MailboxFolder
+from unmask.pairing.request_log import DraftedRequest
 from unmask.pairing.wire import (
     MAX_MESSAGE_BYTES,
     Buffer,
@@ -173,6 +174,10 @@ class DraftServer:
             swaps=self._engine.swaps,
             num_pages=self._engine.num_pages,
         )
+
+    def take_traced(self, before_s: float) -> list[DraftedRequest]:
+        """See `RequestLog.take`."""
+        return self._batcher.log.take(before_s)
 
     def _local_drafting(self) -> LocalDrafting:
         return LocalDrafting(self._engine, self._batcher, lambda: next(self._numbers))
