@@ -48,6 +48,14 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 """Fields of OpenAI's and vLLM's APIs that are not served, with the values that ask for nothing."""
 
+
+def _whole(value: Any) -> Any:
+    """JSON knows one kind of number: 2.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+
 DIFFUSION_KEYS = frozenset({"decoder", "threshold", "block_size", "steps"})
 """How a diffusion LM decodes: the fields of `decoder` and their misspellings are refused beside it."""
 
@@ -113,14 +121,14 @@ class GenerationRequest(Body):
     """What chat and text completions have in common."""
 
     model: str | None = Field(default=None, max_length=256)
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n: Annotated[Whole, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1, lt=_INT64)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=1, lt=_INT64)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=_INT64)] | None = None
-    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
+    top_k: Annotated[Whole, Field(ge=-1, lt=_INT64)] | None = None
+    seed: Annotated[Whole, Field(ge=-_INT64, lt=_INT64)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
     stop: (
@@ -131,7 +139,7 @@ class GenerationRequest(Body):
         ]
         | None
     ) = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[Annotated[Whole, Field(ge=0, lt=2**31)]], Field(max_length=MAX_STOPS)] | None = None
     ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
     return_metrics: bool | None = None
@@ -149,9 +157,9 @@ class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1, max_length=4096)
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=_INT64)] | None = None
+    max_completion_tokens: Annotated[Whole, Field(ge=1, lt=_INT64)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -175,7 +183,7 @@ class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
     prompt: Annotated[list[str | list[int]], BeforeValidator(_as_prompts), Field(max_length=MAX_PROMPTS)]
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
 
 class TokenizeRequest(Body):
@@ -191,4 +199,4 @@ class DetokenizeRequest(Body):
     """`POST /detokenize`."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: list[Annotated[Whole, Field(ge=0)]]

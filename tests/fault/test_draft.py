@@ -121,6 +121,7 @@ class Imposture:
         threading.Thread(target=announce).start()
 
 
+@pytest.mark.slow
 def test_nonsense_on_the_wire_changes_no_token(stage: Stage, expected: Answers, target_dir: Path) -> None:
     wait_until(stage.is_whole, 120)
     failures = stage.metric("unmask_link_failures_total")

@@ -97,6 +97,7 @@ def test_more_work_than_one_actor_does_brings_up_a_second_node(head: Head, tmp_p
     assert seen["gone_s"] < GONE_S
 
 
+@pytest.mark.slow
 def test_target_and_draft_bring_up_their_own_nodes_and_scale_apart(head: Head, folder: Path) -> None:
     seen = drive(head, "service", folder)
     assert seen["most"] == {"serve-target": 2, "serve-draft": 2}
@@ -107,7 +108,11 @@ def test_target_and_draft_bring_up_their_own_nodes_and_scale_apart(head: Head, f
     ("override", "message"),
     [
         ("generate.labels={role: genrate}", "generate: needs 1 CPU, 1 GPU on role=genrate"),
-        ("generate.gpus_per_actor=3", "generate: needs 1 CPU, 3 GPU on role=generate"),
+        pytest.param(
+            "generate.gpus_per_actor=3",
+            "generate: needs 1 CPU, 3 GPU on role=generate",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_no_node_type_offers_ends_the_job_by_name(head: Head, folder: Path, override: str, message: str) -> None:

@@ -156,6 +156,7 @@ def test_the_same_rows_come_again(trajectories: Path, recipe: Recipe, run_dir: P
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_distillation_goes_on_and_its_result_is_published(
     trajectories: Path, recipe: Recipe, recipe_path: Path, run_dir: Path
 ) -> None:

@@ -61,6 +61,7 @@ def command(run_dir: Path, *overrides: str) -> list[str]:
     return [sys.executable, "-m", "pipelines.distill", str(run_dir / "recipe.yaml"), *overrides]
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_where_it_was(run_dir: Path) -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     steps = "distill.max_steps=400"

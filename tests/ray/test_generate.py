@@ -117,6 +117,7 @@ def test_bad_rows_are_quarantined_and_the_rest_goes_on(survived: dict[int, Traje
     assert not list((folder / "poisoned" / "trajectories" / "attempts").iterdir())
 
 
+@pytest.mark.slow
 def test_killed_driver_is_resumed_without_loss_or_change(survived: dict[int, Trajectory], folder: Path) -> None:
     tree = _tree(_write(folder / "good.jsonl", GOOD)) | {"run_dir": str(folder / "killed")}
     recipe_path = folder / "recipe.yaml"

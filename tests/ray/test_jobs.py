@@ -100,6 +100,7 @@ def test_the_working_directory_is_small(head: Head, recipe: Path) -> None:
     assert sum(file.stat().st_size for file in package.rglob("*") if file.is_file()) < 5e6
 
 
+@pytest.mark.slow
 def test_a_stopped_job_is_gone_on_with(head: Head, recipe: Path) -> None:
     directory = recipe.parent / "run" / "trajectories"
     # One row after another, so that there is time to stop it.
@@ -121,6 +122,7 @@ def test_a_stopped_job_is_gone_on_with(head: Head, recipe: Path) -> None:
     assert sorted(row.meta["index"] for row in rows) == list(range(48))
 
 
+@pytest.mark.slow
 def test_a_demand_that_no_node_meets_ends_the_job_with_3(head: Head, recipe: Path) -> None:
     source = [str(recipe), f"run_dir={recipe.parent / 'nowhere'}", "generate.labels={role: generate}"]
     ended = submit(head, "pipelines.generate", *source, name="nowhere")

@@ -242,6 +242,7 @@ def test_a_swapped_draft_goes_live_under_load(
     wait_for_speculation(client)
 
 
+@pytest.mark.slow
 def test_a_killed_draft_costs_no_token(client: httpx.Client, service, reference: dict[str, Any]):
     wait_for_speculation(client)
     [pid] = service.draft_pids()
@@ -262,6 +263,7 @@ def test_a_killed_draft_costs_no_token(client: httpx.Client, service, reference:
     wait_until(lambda: metric(client, "vllm:spec_decode_num_drafts_total") > speculated, 10)
 
 
+@pytest.mark.slow
 def test_a_killed_target_loses_no_token(client: httpx.Client, service, reference: dict[str, Any]):
     report = next(report for report in service.reports() if report.role == "target")
     lines = 0

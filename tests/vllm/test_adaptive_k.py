@@ -32,6 +32,7 @@ class WholePrompts(LookupDraft):
         return super()._answer(step)
 
 
+@pytest.mark.slow
 def test_a_draft_that_is_never_right_is_soon_asked_for_less(target: Path, tmp_path: Path, prompts) -> None:
     draft = load_draft(make_draft(target, tmp_path / "draft"))
     with remote_engine(target, tmp_path) as remote:

@@ -124,6 +124,7 @@ async def texts_of(one: TargetEngine, run: str, prompts: list[list[int]]) -> lis
     return await asyncio.gather(*(text(f"{run}-{i}", ids) for i, ids in enumerate(prompts)))
 
 
+@pytest.mark.slow
 def test_requests_move_when_one_of_two_drafts_goes(target: Path, serve, prompts, tmp_path: Path) -> None:
     with remote_engine(target, tmp_path, max_num_batched_tokens=256) as remote:
         plain = greedy(remote.llm, prompts, OPTIONS.max_tokens)

@@ -168,6 +168,7 @@ async def test_a_draft_comes_goes_and_comes_back_without_changing_a_token(
     assert pairing.stats().num_drafts > drafts
 
 
+@pytest.mark.slow
 @pytest.mark.asyncio(loop_scope="module")
 async def test_finished_requests_are_captured_as_the_plain_loop_counts_them(
     pairing: TargetEngine, draft: DraftProcess, target: Path, prompts, plain_texts, tmp_path: Path

@@ -121,6 +121,15 @@ async def test_fields_that_ask_for_nothing_are_ignored(client: httpx.AsyncClient
     assert (await post_chat(client, **fields)).status_code == 200
 
 
+async def test_a_whole_number_may_be_written_as_a_decimal(client: httpx.AsyncClient):
+    body = {"prompt": "Hi", "max_tokens": 3.0, "n": 1.0, "seed": -2.0}
+    response = await client.post("/v1/completions", json=body)
+    assert response.status_code == 200
+    assert response.json()["usage"]["completion_tokens"] == 3
+    response = await client.post("/v1/completions", json=body | {"max_tokens": 2.5})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "max_tokens")
+
+
 async def test_an_unknown_model_is_404(client: httpx.AsyncClient):
     response = await post_chat(client, model="gpt-9")
     assert response.status_code == 404
