@@ -13,6 +13,13 @@ from pathlib import Path
 
 from unmask.errors import ConfigError, UserError
 
+SERVE_ENVIRONMENT = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.proxy.middlewares",
+    # A replica that does not answer has nothing to drain, and its requests wait for its end.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+}
+"""What Serve's own processes must be started with, which no option of Serve can say: give it to `ray start`."""
+
 _PRINTED_USER_ERROR = re.compile(r"^unmask\.errors\.\w+: (.+)$", re.MULTILINE)
 
 
@@ -77,6 +84,8 @@ def _start_private(num_cpus: int) -> None:
     # Ray turns token authentication on for a cluster that it starts here, and would leave a readable token file.
     if not _has_token():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    for name, value in SERVE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     folder = tempfile.mkdtemp(prefix="unmask-")
     atexit.register(_end_private, folder)
     ray.init(

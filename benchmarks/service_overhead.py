@@ -19,6 +19,7 @@ from pathlib import Path
 
 import httpx
 
+from actors.cluster import SERVE_ENVIRONMENT
 from engines.target_engine import TargetEngine
 from tests.fault.load import percentile
 from tests.fault.record import Finding, at_most, conclude
@@ -141,7 +142,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", **SERVE_ENVIRONMENT}
     import ray
 
     from serve_app.handle import serve_pairing

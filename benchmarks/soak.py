@@ -20,6 +20,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from actors.cluster import SERVE_ENVIRONMENT
 from tests.fault.load import Load, Reply, ask, percentile
 from tests.fault.record import Finding, at_most, conclude, equal
 from tests.fault.scenario import MARK, Stage, is_ours, wait_until
@@ -64,7 +65,7 @@ def serve(folder: Path) -> Stage:
     """The service under test."""
     from serve_app.handle import serve_pairing
 
-    os.environ |= {"RAY_AUTH_MODE": "disabled", MARK: str(os.getpid())}
+    os.environ |= {"RAY_AUTH_MODE": "disabled", MARK: str(os.getpid()), **SERVE_ENVIRONMENT}
     import ray
 
     root = str(Path(__file__).parents[1])

@@ -22,6 +22,7 @@ class StatsRecorder(StatLoggerBase):
     ) -> None:
         """Add one step."""
         stats = self._stats
+        stats.num_steps += 1
         if iteration_stats is not None:
             stats.num_generated_tokens += iteration_stats.num_generation_tokens
             stats.num_prompt_tokens += iteration_stats.num_prompt_tokens

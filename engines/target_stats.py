@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 class TargetStats:
     """Counters since the engine started, and gauges of its last step."""
 
+    num_steps: int = 0
+    """Of the engine, whatever was in them."""
     num_drafts: int = 0
     """Target forwards of one request that verified a draft block."""
     num_draft_tokens: int = 0

@@ -37,13 +37,13 @@ class Admission:
     waits for less: a flood is refused, not those beside it.
 
     Args:
-        slots: choices that run at the same time.
+        slots: choices that run at the same time, and the most that one request may ask for.
         queue: choices that may wait for a slot.
         retry_after_s: told to refused clients.
     """
 
     def __init__(self, slots: int, queue: int, *, retry_after_s: float = 1.0) -> None:
-        self.slots = slots
+        self.slots = self._most = slots
         self.queue = queue
         self.waiting = 0
         self._retry_after_s = retry_after_s
@@ -51,7 +51,8 @@ class Admission:
         self._lines: dict[str, _Line] = {}
         self._served: dict[str, int] = {}
         self._clock = 0
-        self._closed = False
+        self.closed = False
+        """Whether new requests are refused because the service is going down."""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -59,6 +60,11 @@ class Admission:
     def running(self) -> int:
         """Choices that hold a slot."""
         return self._running.total()
+
+    def resize(self, slots: int) -> None:
+        """From now on, run this many choices at the same time; those that run are not ended."""
+        self.slots = slots
+        self._advance()
 
     @asynccontextmanager
     async def admit(self, choices: int, key: str = "") -> AsyncIterator[None]:
@@ -78,31 +84,52 @@ class Admission:
 
     async def drain(self) -> None:
         """Refuse new requests from now on, and wait until those admitted or waiting are done."""
-        self._closed = True
+        self.closed = True
         await self._idle.wait()
 
-    async def _enter(self, choices: int, key: str) -> None:
-        if self._closed:
+    def check(self, choices: int, key: str = "") -> None:
+        """Raise what `admit` would raise at this moment, before any work goes into the request."""
+        if self.closed:
             raise errors.unavailable("the service is shutting down")
-        if choices > self.slots:
-            raise errors.invalid(f"asks for {choices} choices; this service runs at most {self.slots} at a time", "n")
-        if not self._lines and self.running + choices <= self.slots:
+        if choices > self._most:
+            raise errors.invalid(f"asks for {choices} choices; this service runs at most {self._most} at a time", "n")
+        if not self._has_room(choices):
+            self._in_the_way(choices, key)
+
+    def _has_room(self, choices: int) -> bool:
+        return not self._lines and self.running + choices <= self.slots
+
+    async def _enter(self, choices: int, key: str) -> None:
+        self.check(choices, key)
+        if self._has_room(choices):
             self._take(choices, key)
             return
         self._make_room(choices, key)
         await self._wait(choices, key)
 
     def _make_room(self, choices: int, key: str) -> None:
-        """Let go of the last waiters of the longest line while the newcomer's is shorter. Raises ApiError: 429."""
-        own = self._lines[key].choices if key in self._lines else 0
-        while self.waiting + choices > self.queue:
-            longest = max(self._lines, key=lambda name: self._lines[name].choices, default=key)
-            if longest == key or self._lines[longest].choices <= own + choices:
-                raise errors.overloaded(self._retry_after_s)
-            last = self._lines[longest].waiters[-1]
-            self._forget(last, longest)
+        """Let go of those who wait in the newcomer's place. Raises ApiError: 429."""
+        for last, line in self._in_the_way(choices, key):
+            self._forget(last, line)
             if not last.granted.cancelled():
                 last.granted.set_exception(errors.overloaded(self._retry_after_s))
+
+    def _in_the_way(self, choices: int, key: str) -> list[tuple[_Waiter, str]]:
+        """The last waiters of the longest lines, as long as the newcomer's is shorter. Raises ApiError: 429."""
+        own = self._lines[key].choices if key in self._lines else 0
+        lengths = {name: line.choices for name, line in self._lines.items()}
+        ends = {name: len(line.waiters) for name, line in self._lines.items()}
+        excess, found = self.waiting + choices - self.queue, []
+        while excess > 0:
+            longest = max(lengths, key=lengths.__getitem__, default=key)
+            if longest == key or lengths[longest] <= own + choices:
+                raise errors.overloaded(self._retry_after_s)
+            ends[longest] -= 1
+            last = self._lines[longest].waiters[ends[longest]]
+            lengths[longest] -= last.choices
+            excess -= last.choices
+            found.append((last, longest))
+        return found
 
     async def _wait(self, choices: int, key: str) -> None:
         waiter = _Waiter(choices, self._tick(), asyncio.get_running_loop().create_future())

@@ -21,8 +21,8 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.admission import Admission
 from serve_app.auth import KeyFile
-from serve_app.backend import Backend, ReplicaReport
-from serve_app.directory import Directory
+from serve_app.backend import Backend, BackendUnavailableError, ReplicaReport
+from serve_app.directory import BEAT_S, Directory
 from serve_app.draft import Draft
 from serve_app.ingress import create_app
 from serve_app.replica_log import join_replica_log
@@ -83,6 +83,8 @@ class Ingress:
             backend = DiffusionReplicas(diffusion, directory, telemetry.resumed.inc)
             services.append(_diffusion_service(config, backend, diffusion_admission, telemetry))
         self._service = replace(services[0], beside=tuple(services[1:]))
+        each = {"target": options.max_num_seqs, "diffusion": options.diffusion_rows}
+        self._following = asyncio.create_task(_follow_replicas(self._service, each))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""
@@ -97,9 +99,29 @@ class Ingress:
         """Have all draft replicas swap in another published draft."""
         await self._directory.want_draft.remote(path)
 
-    async def drain(self) -> None:
-        """Refuse new requests and return when the running ones are done."""
-        await asyncio.gather(*(service.admission.drain() for service in self._service.all))
+    async def drain(self, limit_s: float) -> None:
+        """Refuse new requests and return when the running ones are answered, or have been told that they end here."""
+        await asyncio.gather(*(service.drain(limit_s) for service in self._service.all))
+        await asyncio.to_thread(self._tracing.close)
+
+
+async def _follow_replicas(service: Service, each: Mapping[str, int]) -> None:
+    """Admit what the live replicas can run, and no more: what waits here can be refused, moved and counted.
+
+    Args:
+        service: of all models.
+        each: what one replica of a role runs at the same time.
+    """
+    while True:
+        await asyncio.sleep(BEAT_S)
+        try:
+            reports = await service.backend.reports()
+        except BackendUnavailableError:
+            continue
+        for served in service.all:
+            alive = sum(report.role == served.role for report in reports)
+            if alive:
+                served.admission.resize(alive * each[served.role])
 
 
 def build(args: Mapping[str, Any]) -> Application:

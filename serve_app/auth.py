@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app import errors
@@ -70,12 +71,20 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request or refuse it."""
-        key = _bearer(scope) if scope["type"] == "http" else ""
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._keys.accepts(key):
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        key = _bearer(scope)
+        if scope["path"] in OPEN_PATHS or self._keys.accepts(key):
             scope.setdefault("state", {})["api_key"] = hash_key(key)
             await self._app(scope, receive, send)
             return
         await errors.unauthorized().response()(scope, receive, send)
+
+
+def api_key(request: Request) -> str:
+    """By which requests of one key are told from others; the same for all where no key is asked for."""
+    return getattr(request.state, "api_key", "")
 
 
 def _bearer(scope: Scope) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 
 from serve_app.backend import ReplicaReport
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 MAX_CONTEXTS = 10_000
+SECRET_AFTER_S = 3.0
 EXPIRY_S = 5.0
 """A replica that has been silent this long is taken for gone; a busy CPU delays beats by seconds."""
 
@@ -59,29 +61,50 @@ class Registry:
     """The directory's state. `clock` gives seconds that never go back."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+        self._clock, self._begun_s = clock, clock()
         self._entries: dict[str, _Entry] = {}
         self._secret: str | None = None
         self._draft: str | None = None
+        self._good_draft: str | None = None
+        self._first: str | None = None
         self._contexts: dict[int, str] = {}
 
-    def agree_on_secret(self, current: str | None) -> str:
-        """The application's shared secret. The first replica with one decides; without any, one is made."""
-        self._secret = self._secret or current or secrets.token_hex(32)
+    def agree_on_secret(self, current: str | None) -> str | None:
+        """The application's shared secret. The first replica with one decides; without any, one is made.
+
+        Not at once: a directory that was restarted must hear of the secret that there is before a replica that starts
+        has it make another. Until then the answer is None.
+        """
+        self._secret = self._secret or current
+        if self._secret is None and self._clock() - self._begun_s >= SECRET_AFTER_S:
+            self._secret = secrets.token_hex(32)
         return self._secret
 
     def want_draft(self, path: str) -> None:
         """From now on, replicas shall serve this draft."""
         self._draft = path
 
-    def agree_on_draft(self, current: str | None) -> str | None:
+    def agree_on_draft(self, first: str, current: str | None) -> str | None:
         """The draft that replicas shall serve; None leaves each with the one that it started with.
 
         Args:
-            current: the draft that the asking replica has swapped in, from which a restarted directory learns it.
+            first: the draft of the asking replica's configuration. Another one ends what was agreed on before: the
+                service has been deployed anew.
+            current: the draft that the replica has swapped in, from which a restarted directory learns it.
         """
+        if first != self._first:
+            if self._first is not None:
+                self._draft = self._good_draft = None
+            self._first = first
         self._draft = self._draft or current
+        if current is not None and current == self._draft:
+            self._good_draft = current
         return self._draft
+
+    def refuse_draft(self, path: str) -> None:
+        """A replica cannot serve this draft: the one before it is wanted again."""
+        if self._draft == path:
+            self._draft = self._good_draft
 
     def note_contexts(self, contexts: Mapping[int, str]) -> None:
         """Trace contexts (`traceparent`) of requests by their span ids; the newest `MAX_CONTEXTS` are kept."""
@@ -143,7 +166,7 @@ class Directory:
     def __init__(self) -> None:
         self._registry = Registry()
 
-    async def agree_on_secret(self, current: str | None) -> str:
+    async def agree_on_secret(self, current: str | None) -> str | None:
         """See `Registry.agree_on_secret`."""
         return self._registry.agree_on_secret(current)
 
@@ -151,9 +174,13 @@ class Directory:
         """See `Registry.want_draft`."""
         self._registry.want_draft(path)
 
-    async def agree_on_draft(self, current: str | None) -> str | None:
+    async def agree_on_draft(self, first: str, current: str | None) -> str | None:
         """See `Registry.agree_on_draft`."""
-        return self._registry.agree_on_draft(current)
+        return self._registry.agree_on_draft(first, current)
+
+    async def refuse_draft(self, path: str) -> None:
+        """See `Registry.refuse_draft`."""
+        self._registry.refuse_draft(path)
 
     async def note_contexts(self, contexts: Mapping[int, str]) -> None:
         """See `Registry.note_contexts`."""
@@ -178,6 +205,13 @@ class Directory:
     async def reports(self) -> list[ReplicaReport]:
         """See `Registry.reports`."""
         return self._registry.reports()
+
+
+async def shared_secret(directory: DeploymentHandle) -> str:
+    """The application's shared secret, for a replica that starts."""
+    while (secret := await directory.agree_on_secret.remote(None)) is None:  # noqa: ASYNC110 - it is elsewhere
+        await asyncio.sleep(BEAT_S / 2)
+    return secret
 
 
 async def keep_telling(tell: Callable[[], Awaitable[None]]) -> None:

@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.backend import ReplicaReport
-from serve_app.directory import DraftEndpoint, keep_telling
+from serve_app.directory import DraftEndpoint, keep_telling, shared_secret
 from serve_app.replica_log import join_replica_log
 from serve_app.replica_stats import draft_metrics
 from serve_app.scaling import Rate
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_RETRY_S = 60.0
+"""When a draft that was refused and is still wanted is tried again."""
 _ENDED_S = 2.0
 """A traced request that no step has named for so long has ended."""
 _FORGOTTEN_S = 30.0
@@ -49,12 +51,13 @@ class Draft:
         join_replica_log()
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._directory = directory
-        self._secret: str = await directory.agree_on_secret.remote(None)
+        self._secret = await shared_secret(directory)
         self._busy_rate = Rate()
         self._first = config.serve.draft or ""
         self._swapped_in: str | None = None
-        self._refused: str | None = None
         self._num_refused = 0
+        self._refused: tuple[str, float] = ("", 0.0)
+        self._swapping: asyncio.Task[None] | None = None
         self._tracing = Tracing(config.serve.traces_endpoint, "draft", self._replica)
         self._untold: list[DraftedRequest] = []
         self._server, self._record = await asyncio.to_thread(_start_server, config, self._secret)
@@ -77,6 +80,8 @@ class Draft:
 
     async def __del__(self) -> None:
         """Called by Serve when the replica goes: targets notice at once."""
+        if hasattr(self, "_telling"):
+            self._telling.cancel()
         if hasattr(self, "_server"):
             self._server.stop()
         if hasattr(self, "_tracing"):
@@ -85,9 +90,11 @@ class Draft:
     async def _tell(self) -> None:
         if await self._directory.agree_on_secret.remote(self._secret) != self._secret:
             raise ConfigError("the application has agreed on another secret since this replica started")
-        wanted = await self._directory.agree_on_draft.remote(self._swapped_in)
-        if wanted not in (None, self._swapped_in, self._refused):
-            await self._swap(wanted)
+        wanted = await self._directory.agree_on_draft.remote(self._first, self._swapped_in)
+        is_swapping = self._swapping is not None and not self._swapping.done()
+        if wanted not in (None, self._swapped_in or self._first) and not is_swapping and self._may_try(wanted):
+            # Beside the beats: loading takes as long as the storage takes, and a silent replica counts as gone.
+            self._swapping = asyncio.create_task(self._swap(wanted))
         stats = draft_metrics(self._server.stats()) | {"unmask_draft_swaps_refused_total": self._num_refused}
         report = ReplicaReport(
             role="draft",
@@ -120,15 +127,22 @@ class Draft:
             if request.number not in contexts and request.ended_s > now_s - _FORGOTTEN_S
         ]
 
+    def _may_try(self, path: str) -> bool:
+        """Whether a draft has not been refused lately; what was wrong with it may have been mended since."""
+        refused, at = self._refused
+        return path != refused or time.monotonic() - at > _RETRY_S
+
     async def _swap(self, path: str) -> None:
         from unmask.pairing.replacement import replace_draft
 
         try:
             version = await asyncio.to_thread(replace_draft, self._server, path, self._record)
-        except (CheckpointError, PairingError) as error:
-            self._refused = path
+        except (CheckpointError, PairingError, OSError, RuntimeError) as error:
+            # Also storage that fails, and a device without room for a second draft.
             self._num_refused += 1
+            self._refused = path, time.monotonic()
             logger.error("the draft '%s' was refused, the old one goes on: %s", path, error)
+            await self._directory.refuse_draft.remote(path)
             return
         self._swapped_in = path
         logger.info("the draft '%s' is live, version %d", path, version)

@@ -63,12 +63,21 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 
 def unauthorized() -> ApiError:
     """401: no key or an unknown one."""
-    return ApiError(401, "give a valid API key as 'Authorization: Bearer KEY'", code="invalid_api_key")
+    error = ApiError(401, "give a valid API key as 'Authorization: Bearer KEY'", code="invalid_api_key")
+    error.headers = {"WWW-Authenticate": "Bearer"}
+    return error
 
 
 def unknown_model(served: str) -> ApiError:
     """404: the request names another model than the one served."""
     return ApiError(404, f"unknown model; this service serves '{served}'", param="model", code="model_not_found")
+
+
+def too_slow(limit_s: float) -> ApiError:
+    """408: the request body did not arrive in time."""
+    error = ApiError(408, f"the request body did not arrive within {limit_s:g} s", code="request_timeout")
+    error.headers = {"Connection": "close"}
+    return error
 
 
 def too_large(limit_bytes: int) -> ApiError:

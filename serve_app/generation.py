@@ -98,6 +98,8 @@ class Generation:
     ) -> None:
         self.started = time.perf_counter()
         self.admitted: float | None = None
+        self.answered = asyncio.Event()
+        """Set by whoever answers, when the client has been sent everything."""
         self._request_id = request_id
         self._specs = specs
         self._backend = backend
@@ -105,6 +107,7 @@ class Generation:
         self._api_key = api_key
         self._decode = decode
         self._deadline_s = deadline_s
+        self._failure: errors.ApiError | None = None
         self._pieces: asyncio.Queue[tuple[int, Piece] | None] = asyncio.Queue()
         self._task = asyncio.create_task(self._run())
         self._task.add_done_callback(lambda _: self._pieces.put_nowait(None))
@@ -120,6 +123,12 @@ class Generation:
             raise StopAsyncIteration
         return item
 
+    def fail(self, error: errors.ApiError) -> None:
+        """End the work, and tell the reader why after what there is."""
+        if not self._task.done():
+            self._failure = error
+            self._task.cancel()
+
     async def aclose(self) -> None:
         """End the work, if it has not ended, and wait until its slots are free."""
         self._task.cancel()
@@ -129,6 +138,10 @@ class Generation:
         try:
             async with asyncio.timeout(self._deadline_s):
                 await self._generate()
+        except asyncio.CancelledError:
+            if self._failure is None:
+                raise
+            raise self._failure from None
         except TimeoutError:
             raise errors.deadline_exceeded(self._deadline_s) from None
         except ExceptionGroup as group:

@@ -29,6 +29,8 @@ from unmask.placement import serve_demands
 logger = logging.getLogger(__name__)
 
 _READY_S = 20.0
+_LAST_WORDS_S = 3.0
+"""In which requests that have not ended are told so."""
 _REFUSED = "unmask_draft_swaps_refused_total"
 
 
@@ -92,7 +94,7 @@ class ServeHandle:
         if APPLICATION not in serve.status().applications:
             return
         try:
-            self.ingress.drain.remote().result(timeout_s=drain_s)
+            self.ingress.drain.remote(drain_s).result(timeout_s=drain_s + _LAST_WORDS_S)
         except (TimeoutError, RayError, RayServeException) as error:
             logger.warning("the service was not drained: %s", type(error).__name__)
         _delete()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -10,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 
 import unmask
 from serve_app import errors
-from serve_app.auth import KeyFile, RequireKey
+from serve_app.auth import KeyFile, RequireKey, api_key
 from serve_app.backend import BackendUnavailableError
 from serve_app.chat import ChatFormat, chat_specs
 from serve_app.completions import CompletionFormat, completion_specs
@@ -21,6 +22,9 @@ from serve_app.replies import ChatCompletion, ModelCard, ModelList, Text, TextCo
 from serve_app.service import Service
 from serve_app.telemetry import CONTENT_TYPE
 from serve_app.tracing import Tracing
+
+_DIRECTORY_S = 2.0
+"""How long a probe waits to hear of the replicas."""
 
 _ERROR_STATUSES = {
     400: "The request is at fault",
@@ -79,6 +83,7 @@ def _generation_routes(service: Service) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a chat."""
         model = service.of(body.model)
+        model.admission.check(body.n or 1, api_key(request))
         tools = model.tool_request(body)
         specs = await chat_specs(body, model.tokenizer, model.max_model_len, tools)
         specs = model.checked(body, specs, "messages")
@@ -88,6 +93,7 @@ def _generation_routes(service: Service) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts."""
         model = service.of(body.model)
+        model.admission.check(len(body.prompt) * (body.n or 1), api_key(request))
         specs = await completion_specs(body, model.tokenizer, model.max_model_len)
         specs = model.checked(body, specs, "prompt")
         return await model.answer(request, body, specs, CompletionFormat(body, **words(request, model)))
@@ -135,7 +141,7 @@ def _token_routes(service: Service) -> APIRouter:
         """Text of token ids."""
         tokenizer = service.of(body.model).tokenizer
         tokenizer.check_ids(body.tokens, "tokens")
-        return Text(prompt=tokenizer.decode(body.tokens))
+        return Text(prompt=await asyncio.to_thread(tokenizer.decode, body.tokens))
 
     return router
 
@@ -146,9 +152,12 @@ def _operator_routes(service: Service) -> APIRouter:
     @router.get("/health")
     async def health() -> JSONResponse:
         """Ready when an engine that answers is behind the service."""
+        if any(served.admission.closed for served in service.all):
+            raise errors.unavailable("the service is going down")
         try:
-            reports = await service.backend.reports()
-        except BackendUnavailableError:
+            async with asyncio.timeout(_DIRECTORY_S):
+                reports = await service.backend.reports()
+        except (BackendUnavailableError, TimeoutError):
             reports = []
         ready = {report.role for report in reports}
         for served in service.all:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -12,6 +13,8 @@ from pydantic_core import from_json
 from serve_app import errors
 
 MAX_BODY_BYTES = 2 * 1024 * 1024
+READ_TIMEOUT_S = 30.0
+"""A body that trickles in holds a place that others wait for."""
 
 
 def parse_json(body: bytes) -> Any:
@@ -31,10 +34,10 @@ def parse_json(body: bytes) -> Any:
 
 
 class BoundedRequest(Request):
-    """A request whose body is read up to `MAX_BODY_BYTES` and parsed by `parse_json`."""
+    """A request whose body is read up to `MAX_BODY_BYTES`, for `READ_TIMEOUT_S`, and parsed by `parse_json`."""
 
     async def body(self) -> bytes:
-        """The whole body. Raises ApiError: 413 when it is too long, 400 when it is not declared as JSON."""
+        """The whole body. Raises ApiError: 413 when it is too long, 408 when it does not come, 400 if it is no JSON."""
         if not hasattr(self, "_body"):
             media_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
             if media_type != "application/json":
@@ -51,10 +54,14 @@ class BoundedRequest(Request):
         if not declared.isdecimal() or len(declared) > 9 or int(declared) > MAX_BODY_BYTES:
             raise errors.too_large(MAX_BODY_BYTES)
         body = bytearray()
-        async for chunk in self.stream():
-            body += chunk
-            if len(body) > MAX_BODY_BYTES:
-                raise errors.too_large(MAX_BODY_BYTES)
+        try:
+            async with asyncio.timeout(READ_TIMEOUT_S):
+                async for chunk in self.stream():
+                    body += chunk
+                    if len(body) > MAX_BODY_BYTES:
+                        raise errors.too_large(MAX_BODY_BYTES)
+        except TimeoutError:
+            raise errors.too_slow(READ_TIMEOUT_S) from None
         return bytes(body)
 
 

@@ -65,7 +65,7 @@ class Message(Body):
     """One message of a chat; only one that calls tools may do without content."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
     """The call that a message of a tool answers."""
     content: Annotated[str | None, BeforeValidator(_as_text)] = Field(default=None, validate_default=True)

@@ -22,6 +22,9 @@ MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_SCHEMA_CHARS = 65_536
 MAX_DECODER_FIELDS = 16
+MAX_TOKENIZED_CHARS = 524_288
+MAX_DETOKENIZED = 131_072
+_LONGEST_NAME = 32
 _INT64 = 2**63
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -68,8 +71,8 @@ def _refuse_unserved(cls: type[BaseModel], body: Any) -> Any:
             raise errors.invalid(f"'{name}' is not supported by this service; leave it out", name)
     if len(body) > MAX_FIELDS:
         raise errors.invalid(f"the body has more than {MAX_FIELDS} fields")
-    for name in body:
-        if name != "decoder" and difflib.get_close_matches(name, DIFFUSION_KEYS, n=1, cutoff=0.85):
+    for name in body.keys() - {"decoder"}:
+        if len(name) <= _LONGEST_NAME and difflib.get_close_matches(name, DIFFUSION_KEYS, n=1, cutoff=0.85):
             raise errors.invalid("goes into 'decoder': {'name': ..., ...}, and for diffusion LMs alone", name)
     return body
 
@@ -89,6 +92,9 @@ def _as_prompts(value: Any) -> Any:
         if not isinstance(prompt, str) and not ids:
             raise ValueError("must be a text, a list of token ids, or a list of these")
     return value
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
 
 
 class StreamOptions(Body):
@@ -134,12 +140,14 @@ class GenerationRequest(Body):
     stop: (
         Annotated[
             list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
+            Field(max_length=MAX_STOPS, fail_fast=True),
             BeforeValidator(_as_list),
-            Field(max_length=MAX_STOPS),
         ]
         | None
     ) = None
-    stop_token_ids: Annotated[list[Annotated[Whole, Field(ge=0, lt=2**31)]], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: (
+        Annotated[list[Annotated[Whole, Field(ge=0, lt=2**31)]], Field(max_length=MAX_STOPS, fail_fast=True)] | None
+    ) = None
     ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
     return_metrics: bool | None = None
@@ -156,11 +164,11 @@ class GenerationRequest(Body):
 class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1, max_length=4096)
+    messages: Messages
     max_completion_tokens: Annotated[Whole, Field(ge=1, lt=_INT64)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
@@ -182,7 +190,9 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_as_prompts), Field(max_length=MAX_PROMPTS)]
+    prompt: Annotated[
+        list[str | list[int]], Field(max_length=MAX_PROMPTS, fail_fast=True), BeforeValidator(_as_prompts)
+    ]
     logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
 
@@ -190,8 +200,8 @@ class TokenizeRequest(Body):
     """`POST /tokenize`: a text, or the messages of a chat."""
 
     model: str | None = None
-    prompt: str | None = None
-    messages: list[Message] | None = Field(default=None, min_length=1, max_length=4096)
+    prompt: str | None = Field(default=None, max_length=MAX_TOKENIZED_CHARS)
+    messages: Messages | None = None
     add_special_tokens: bool = True
 
 
@@ -199,4 +209,4 @@ class DetokenizeRequest(Body):
     """`POST /detokenize`."""
 
     model: str | None = None
-    tokens: list[Annotated[Whole, Field(ge=0)]]
+    tokens: list[Annotated[Whole, Field(ge=0)]] = Field(max_length=MAX_DETOKENIZED, fail_fast=True)

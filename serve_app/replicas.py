@@ -9,8 +9,8 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, cast
 
-from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, ReplicaUnavailableError
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from serve_app.backend import BackendUnavailableError, ReplicaReport
@@ -83,7 +83,7 @@ class ReplicaBackend:
             if isinstance(error.cause, UserError | BackendUnavailableError):
                 raise error.cause from None
             raise
-        except (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError) as error:
+        except (RayError, RayServeException) as error:
             raise BackendUnavailableError(type(error).__name__) from None
         finally:
             if not finished:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from starlette.requests import ClientDisconnect, Request
@@ -14,6 +17,7 @@ from starlette.responses import Response
 
 from serve_app import errors
 from serve_app.admission import Admission
+from serve_app.auth import api_key
 from serve_app.backend import Backend
 from serve_app.generation import ChoiceSpec, Generation, Piece
 from serve_app.protocol import MAX_SCHEMA_CHARS, ChatRequest, GenerationRequest
@@ -26,6 +30,8 @@ from serve_app.tracing import NO_SPAN, Span, traceparent
 if TYPE_CHECKING:
     from engines.tool_calls import ToolParsers, ToolRequest
     from serve_app.diffusion_rules import DiffusionRules
+
+logger = logging.getLogger(__name__)
 
 Reply = ChatCompletion | TextCompletion
 
@@ -69,6 +75,8 @@ class Service:
     """How the model writes tool calls; None where it is not known."""
     beside: tuple[Service, ...] = ()
     """The other models of the application."""
+    generations: set[Generation] = field(default_factory=set)
+    """Those that are not answered to the end yet."""
 
     @property
     def role(self) -> str:
@@ -122,22 +130,41 @@ class Service:
             admission=self.admission,
             decode=self.tokenizer.decode,
             deadline_s=self.deadline_s,
-            api_key=getattr(request.state, "api_key", ""),
+            api_key=api_key(request),
         )
-        answer = _Answer(self, body, specs, form, generation, span)
+        self.generations.add(generation)
+        answer = _Answer(self, body, specs, form, generation, request)
         streaming = False
         try:
             if body.stream:
                 await until_disconnect(answer.wait_for_first(), request.receive)
                 streaming = True
-                return EventStream(answer.events(), close=generation.aclose, write_timeout_s=self.write_timeout_s)
+                return EventStream(
+                    answer.events(), close=partial(self._end, generation), write_timeout_s=self.write_timeout_s
+                )
             reply = await until_disconnect(answer.whole(), request.receive)
             return Response(reply.to_json(), media_type="application/json")
         except ClientDisconnect:
             return Response(status_code=499)
         finally:
             if not streaming:
-                await generation.aclose()
+                await self._end(generation)
+
+    async def drain(self, limit_s: float) -> None:
+        """Refuse new requests and wait until the others are answered; at the limit those that run end with a 503."""
+        try:
+            async with asyncio.timeout(limit_s):
+                await self.admission.drain()
+                for generation in tuple(self.generations):
+                    await generation.answered.wait()
+        except TimeoutError:
+            for generation in tuple(self.generations):
+                generation.fail(errors.unavailable("the service is going down"))
+
+    async def _end(self, generation: Generation) -> None:
+        self.generations.discard(generation)
+        await generation.aclose()
+        generation.answered.set()
 
 
 def _with_context(specs: Sequence[ChoiceSpec], context: str | None) -> Sequence[ChoiceSpec]:
@@ -156,13 +183,14 @@ class _Answer:
         specs: Sequence[ChoiceSpec],
         form: Format,
         generation: Generation,
-        span: Span,
+        request: Request,
     ) -> None:
         self._service = service
         self._body = body
         self._form = form
         self._generation = generation
-        self._span = span
+        self._request_id = request.state.request_id
+        self._span: Span = getattr(request.state, "span", NO_SPAN)
         self._choices = [Piece() for _ in specs]
         prompts = specs[:: body.n or 1]
         self._prompt_tokens = sum(len(spec.prompt_ids) for spec in prompts)
@@ -194,13 +222,21 @@ class _Answer:
                     chunk = self._form.chunk(index, piece)
                     if chunk is not None:
                         yield chunk.to_json()
+            usage, metrics = self._finish()
+            if self._body.wants_usage_chunk or metrics is not None:
+                yield self._form.closing(usage if self._body.wants_usage_chunk else None, metrics).to_json()
         except errors.ApiError as error:
-            yield error.event_json()
+            yield self._last_event(error)
             return
-        usage, metrics = self._finish()
-        if self._body.wants_usage_chunk or metrics is not None:
-            yield self._form.closing(usage if self._body.wants_usage_chunk else None, metrics).to_json()
+        except Exception:
+            logger.exception("request %s failed in its stream", self._request_id)
+            yield self._last_event(errors.internal())
+            return
         yield "[DONE]"
+
+    def _last_event(self, error: errors.ApiError) -> str:
+        self._service.telemetry.stream_errors.labels(str(error.status_code)).inc()
+        return error.event_json()
 
     async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         if self._first is not None:

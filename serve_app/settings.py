@@ -27,9 +27,9 @@ DRAIN_S = 20.0
 _LOGGING = {"logging_config": {"enable_access_log": False}}
 
 _HEALTH = {
-    # Three failed checks in a row take a replica out: a hung one is replaced within 3 + 3 x 4 = 15 s.
+    # Three failed checks in a row take a replica out: a hung one is replaced within 3 + 3 x 3 = 12 s.
     "health_check_period_s": 3.0,
-    "health_check_timeout_s": 4.0,
+    "health_check_timeout_s": 3.0,
 }
 
 

@@ -16,13 +16,14 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.backend import BackendUnavailableError, ReplicaReport
-from serve_app.directory import DraftEndpoint, LinkState, keep_telling
+from serve_app.directory import DraftEndpoint, LinkState, keep_telling, shared_secret
 from serve_app.gathering import gathered
 from serve_app.link_folder import create_link_folder
 from serve_app.replica_log import join_replica_log
 from serve_app.replica_stats import capture_metrics, target_metrics
 from serve_app.scaling import Rate
 from serve_app.settings import AppConfig
+from serve_app.stall import Stall
 from serve_app.tracing import Tracing, span_id, traceparent
 from unmask.errors import ConfigError
 from unmask.pairing.request_numbers import traced_name
@@ -47,12 +48,14 @@ class Target:
         join_replica_log()
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._directory = directory
-        self._secret: str = await directory.agree_on_secret.remote(None)
+        self._secret = await shared_secret(directory)
         self._link: _Link | None = None
         self._capture: Capture | None = None
         self._token_rate = Rate()
         self._tracing = Tracing(config.serve.traces_endpoint, "target", self._replica)
         self._contexts: dict[int, str] = {}
+        self._running = 0
+        self._stall, self._stall_timeout_s = Stall(), config.serve.stall_timeout_s
         if config.serve.draft is not None:
             self._link = await asyncio.to_thread(_Link.create, config, self._secret)
         self._engine = _engine(config, self._link)
@@ -76,6 +79,7 @@ class Target:
         from engines.offline_engine import EngineDiedError
 
         span, reply = self._tracing.start("generate", options.traceparent), _Outcome()
+        self._running += 1
         context = traceparent(span)
         if context is not None:
             request_id = traced_name(request_id, span_id(span))
@@ -90,6 +94,7 @@ class Target:
         except EngineDiedError as error:
             raise BackendUnavailableError(str(error)) from None
         finally:
+            self._running -= 1
             self._tracing.finish(span, reply.attributes(len(prompt_ids)))
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -100,6 +105,8 @@ class Target:
         """Called by Serve; a replica that raises is replaced."""
         if not self._engine.alive:
             raise RuntimeError("the engine has ended")
+        if self._stall.seconds(self._engine.stats().num_steps, self._running) > self._stall_timeout_s:
+            raise RuntimeError("the engine has made no step while requests run")
         if self._telling.done():
             raise RuntimeError("the replica has stopped telling of itself") from self._telling.exception()
 

@@ -31,6 +31,12 @@ class Telemetry:
         self.responses = Counter(
             "unmask_http_responses", "HTTP responses sent.", ["method", "route", "status"], registry=registry
         )
+        self.stream_errors = Counter(
+            "unmask_stream_errors",
+            "Streams that ended with an error event, by its status.",
+            ["status"],
+            registry=registry,
+        )
         self.prompt_tokens = Counter("unmask_prompt_tokens", "Prompt tokens of finished requests.", registry=registry)
         self.completion_tokens = Counter(
             "unmask_completion_tokens", "Response tokens of finished requests.", registry=registry
@@ -38,9 +44,9 @@ class Telemetry:
         self.resumed = Counter(
             "unmask_requests_resumed", "Times that a request went on at another replica.", registry=registry
         )
-        self.queue_time = self._histogram("unmask_request_queue_time_seconds", "Wait for a free slot.")
-        self.first_token_time = self._histogram("unmask_time_to_first_token_seconds", "Arrival to first token.")
-        self.total_time = self._histogram("unmask_request_duration_seconds", "Arrival to last token.")
+        self.queue_time = self._histogram("vllm:request_queue_time_seconds", "Wait for a free slot.")
+        self.first_token_time = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first token.")
+        self.total_time = self._histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.")
         running = Gauge("unmask_requests_running", "Choices being generated.", registry=registry)
         running.set_function(lambda: sum(admission.running for admission in admissions))
         waiting = Gauge("unmask_requests_waiting", "Choices waiting for a slot.", registry=registry)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from actors.cluster import SERVE_ENVIRONMENT
 from tests.fault.load import Load, undisturbed
 from tests.fault.scenario import MARK, Stage
 
@@ -31,6 +32,7 @@ def draft_dir(target_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ.update(SERVE_ENVIRONMENT)
     # Other work on this machine may fill its memory; that shall not end replicas under test.
     os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112 - Ray spells it so
     os.environ[MARK] = str(os.getpid())

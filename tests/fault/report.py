@@ -36,6 +36,7 @@ ROWS = {
     "O3": "A client reads slowly",
     "O4": "A request takes too long",
     "O8": "Soak",
+    "O9": "The service's own time",
 }
 
 HEADER = """# Reliability

@@ -11,6 +11,7 @@ import httpx
 import pytest
 import torch
 
+from actors.cluster import SERVE_ENVIRONMENT
 from tests.trace_collector import Collector
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +66,7 @@ def _draft(path: Path, seed: int, **changes: str) -> Path:
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ.update(SERVE_ENVIRONMENT)
     # Other work on this machine may fill its memory; that shall not end replicas under test.
     os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112 - Ray spells it so
     import ray

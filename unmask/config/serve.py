@@ -73,6 +73,8 @@ class ServeConfig:
     """Longest prompt + response of the diffusion LM, in tokens; its caches are allocated for this length."""
     max_queued: int = 64
     """Responses that may wait for a slot; one more is refused at once (429)."""
+    stall_timeout_s: float = 60.0
+    """A target replica whose engine has requests and makes no step for so long is replaced; no step takes as long."""
     request_timeout_s: float = 300.0
     """A request that is not finished by then ends (504)."""
     api_keys_file: str | None = None
@@ -114,7 +116,7 @@ class ServeConfig:
             require_labels(getattr(self, name), f"serve.{name}")
         for name in ("target_cpus", "draft_cpus", "target_gpus", "draft_gpus"):
             require(getattr(self, name) >= 0, f"serve.{name}", "must not be negative")
-        for name in ("draft_timeout_ms", "draft_retry_s", "capture_flush_s"):
+        for name in ("draft_timeout_ms", "draft_retry_s", "capture_flush_s", "stall_timeout_s"):
             require(getattr(self, name) > 0, f"serve.{name}", "must be positive")
         require(
             self.traces_endpoint is None or self.traces_endpoint.startswith(("http://", "https://")),

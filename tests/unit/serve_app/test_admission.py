@@ -181,3 +181,57 @@ async def test_any_traffic_of_keys_keeps_the_books(seed: int):
     assert statuses == {429}
     assert (admission.running, admission.waiting) == (0, 0)
     await asyncio.wait_for(admission.drain(), 1)
+
+
+async def test_nobody_is_let_go_for_a_newcomer_who_is_refused_all_the_same():
+    admission = Admission(slots=1, queue=4)
+    async with admission.admit(1, "running"):
+        waiting = [asyncio.create_task(_hold(admission, "a")) for _ in range(4)]
+        await asyncio.sleep(0)
+        with pytest.raises(ApiError):
+            async with admission.admit(3, "b"):
+                pass
+        await asyncio.sleep(0)
+        assert not any(task.done() for task in waiting)
+        assert admission.waiting == 4
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_a_check_says_what_admission_would_and_changes_nothing():
+    admission = Admission(slots=2, queue=1)
+    admission.check(2, "a")
+    with pytest.raises(ApiError) as refused:
+        admission.check(3, "a")
+    assert refused.value.status_code == 400
+    async with admission.admit(2, "a"):
+        admission.check(1, "a")
+        with pytest.raises(ApiError) as refused:
+            admission.check(2, "a")
+        assert refused.value.status_code == 429
+        assert (admission.running, admission.waiting) == (2, 0)
+    await admission.drain()
+    with pytest.raises(ApiError) as refused:
+        admission.check(1, "a")
+    assert refused.value.status_code == 503
+
+
+async def test_slots_follow_the_replicas():
+    admission = Admission(slots=4, queue=4)
+    admission.resize(1)
+    async with admission.admit(1, "a"):
+        second = asyncio.create_task(_hold(admission, "a"))
+        await asyncio.sleep(0)
+        assert (admission.running, admission.waiting) == (1, 1)
+        admission.resize(2)
+        await asyncio.sleep(0)
+        assert (admission.running, admission.waiting) == (2, 0)
+        second.cancel()
+        await asyncio.gather(second, return_exceptions=True)
+    admission.check(4, "a")
+
+
+async def _hold(admission: Admission, key: str) -> None:
+    async with admission.admit(1, key):
+        await asyncio.Event().wait()

@@ -77,10 +77,10 @@ async def test_any_of_the_keys_is_accepted(guarded: httpx.AsyncClient, key: str)
 
 
 @pytest.mark.parametrize(
-    "key", ["", "key-a", "KEY-A", "key-A ", "key-AB", "key-", "schl\u00fcssel".encode().decode("latin-1")]
+    "key", ["", "key-a", "KEY-A", "xkey-A", "key-AB", "key-", "schl\u00fcssel".encode().decode("latin-1")]
 )
 async def test_other_keys_are_not(guarded: httpx.AsyncClient, key: str):
-    response = await guarded.get("/v1/models", headers={"Authorization": f"Bearer x{key}".encode("latin-1")})
+    response = await guarded.get("/v1/models", headers={"Authorization": f"Bearer {key}".encode("latin-1")})
     assert response.status_code == 401
 
 

@@ -22,7 +22,7 @@ from unmask.pairing.server import DraftStats
 from unmask.pairing.status import FIELDS
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
-FUNCTIONS = {"sum", "rate", "by", "max", "histogram_quantile", "scalar", "avg_over_time", "le"}
+FUNCTIONS = {"sum", "rate", "by", "max", "histogram_quantile", "scalar", "avg_over_time", "le", "or", "absent"}
 
 
 @functools.cache
@@ -36,6 +36,7 @@ def exported() -> frozenset[str]:
     ]
     telemetry = Telemetry(Admission(1, 1))
     telemetry.responses.labels("GET", "/health", "200").inc()
+    telemetry.stream_errors.labels("503").inc()
     text = telemetry.exposition(reports, "m").decode()
     return frozenset(sample.name for family in text_string_to_metric_families(text) for sample in family.samples)
 

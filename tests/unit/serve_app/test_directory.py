@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from serve_app.backend import ReplicaReport
-from serve_app.directory import EXPIRY_S, DraftEndpoint, LinkState, Registry
+from serve_app.directory import EXPIRY_S, MAX_CONTEXTS, SECRET_AFTER_S, DraftEndpoint, LinkState, Registry
+
+FIRST = "/drafts/first"
 
 
 class Clock:
@@ -81,12 +83,42 @@ def test_a_target_that_cannot_reach_its_draft_is_given_another_if_there_is_one()
 
 def test_the_wanted_draft_outlives_the_directory():
     registry = Registry()
-    assert registry.agree_on_draft(None) is None
+    assert registry.agree_on_draft(FIRST, None) is None
     registry.want_draft("/drafts/2")
-    assert registry.agree_on_draft(None) == registry.agree_on_draft("/drafts/1") == "/drafts/2"
+    assert registry.agree_on_draft(FIRST, None) == registry.agree_on_draft(FIRST, "/drafts/1") == "/drafts/2"
     restarted = Registry()
-    assert restarted.agree_on_draft("/drafts/2") == "/drafts/2", "a replica that has swapped it in says so"
-    assert restarted.agree_on_draft(None) == "/drafts/2"
+    assert restarted.agree_on_draft(FIRST, "/drafts/2") == "/drafts/2", "a replica that has swapped it in says so"
+    assert restarted.agree_on_draft(FIRST, None) == "/drafts/2"
+
+
+def test_a_refused_draft_gives_way_to_the_last_good_one():
+    registry = Registry()
+    registry.agree_on_draft(FIRST, None)
+    registry.want_draft("/drafts/2")
+    registry.agree_on_draft(FIRST, "/drafts/2")
+    registry.want_draft("/drafts/bad")
+    assert registry.agree_on_draft(FIRST, "/drafts/2") == "/drafts/bad"
+    registry.refuse_draft("/drafts/bad")
+    assert registry.agree_on_draft(FIRST, None) == "/drafts/2", "a restarted replica serves what the others serve"
+    registry.refuse_draft("/drafts/other")
+    assert registry.agree_on_draft(FIRST, None) == "/drafts/2"
+
+
+def test_a_new_deployment_serves_its_own_draft():
+    registry = Registry()
+    registry.agree_on_draft(FIRST, None)
+    registry.want_draft("/drafts/2")
+    registry.agree_on_draft(FIRST, "/drafts/2")
+    assert registry.agree_on_draft("/drafts/new", None) is None
+    assert registry.agree_on_draft(FIRST, "/drafts/2") == "/drafts/2", "old replicas go on until they are gone"
+    assert registry.agree_on_draft("/drafts/new", None) is None
+
+
+def test_trace_contexts_are_bounded_and_the_newest_kept():
+    registry = Registry()
+    registry.note_contexts({number: f"c{number}" for number in range(MAX_CONTEXTS)})
+    registry.note_contexts({MAX_CONTEXTS: "newest"})
+    assert registry.contexts_of([0, 1, MAX_CONTEXTS, 10**9]) == {1: "c1", MAX_CONTEXTS: "newest"}
 
 
 def test_silent_replicas_are_forgotten():
@@ -103,7 +135,10 @@ def test_silent_replicas_are_forgotten():
 
 
 def test_a_restarted_directory_takes_the_secret_of_the_first_replica_that_speaks():
-    first = Registry()
+    clock = Clock()
+    first = Registry(clock)
+    assert first.agree_on_secret(None) is None, "somebody may have one"
+    clock.now = SECRET_AFTER_S
     secret = first.agree_on_secret(None)
     assert len(secret) == 64
     assert first.agree_on_secret(None) == secret

@@ -253,6 +253,45 @@ async def test_draining_refuses_new_requests(client: httpx.AsyncClient, service:
     assert response.headers["retry-after"]
 
 
+async def test_a_service_that_goes_down_is_not_ready(client: httpx.AsyncClient, service: Service):
+    assert (await client.get("/health")).status_code == 200
+    await service.drain(1.0)
+    assert (await client.get("/health")).status_code == 503
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_does_not_end_in_time_is_told_so(
+    client: httpx.AsyncClient, backend: ToyBackend, service: Service, stream: bool
+):
+    backend.delay_s = 0.2
+    asked = asyncio.create_task(client.post("/v1/chat/completions", json=chat("q", stream=stream)))
+    await asyncio.sleep(0.5)
+    assert backend.active
+    await service.drain(0.1)
+    response = await asked
+    if stream:
+        *_, last = events(response)
+        assert (response.status_code, last["error"]["status"]) == (200, 503)
+    else:
+        assert response.status_code == 503
+    assert (backend.active, service.admission.running, service.generations) == (0, 0, set())
+
+
+async def test_a_fault_while_wording_a_stream_is_its_last_event(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+):
+    def fails(*_: Any) -> None:
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr("serve_app.chat.ChatFormat.chunk", fails)
+    response = await client.post("/v1/chat/completions", json=chat("q", stream=True))
+    *_, last = events(response)
+    assert last["error"]["status"] == 500
+    assert "no such thing" not in response.text
+    text = (await client.get("/metrics")).text
+    assert 'unmask_stream_errors_total{status="500"} 1.0' in text
+
+
 async def test_metrics(client: httpx.AsyncClient):
     await client.post("/v1/chat/completions", json=chat("q"))
     await client.get("/nowhere")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import time
 
 import httpx
@@ -81,3 +82,40 @@ async def test_a_body_just_within_the_limit_is_read(client: httpx.AsyncClient):
     content = b'{"prompt": "x", "max_tokens": 1}'
     response = await client.post("/v1/completions", content=content.ljust(MAX_BODY_BYTES), headers=JSON)
     assert response.status_code == 200
+
+
+BIG = 1_800_000
+LONG_BODIES = {
+    "stop": (b"/v1/completions", b'{"prompt": "x", "stop": [' + b",".join([b"1"] * (BIG // 2)) + b"]}"),
+    "stop_token_ids": (
+        b"/v1/completions",
+        b'{"prompt": "x", "stop_token_ids": [' + b",".join([b"-1"] * (BIG // 3)) + b"]}",
+    ),
+    "messages": (b"/v1/chat/completions", b'{"messages": [' + b",".join([b"{}"] * (BIG // 3)) + b"]}"),
+    "tools": (b"/v1/chat/completions", b'{"messages": [], "tools": [' + b",".join([b"{}"] * (BIG // 3)) + b"]}"),
+    "tokens": (b"/detokenize", b'{"tokens": [' + b",".join([b"-1"] * (BIG // 3)) + b"]}"),
+    "a name": (b"/v1/completions", b'{"prompt": "x", "' + b"d" * BIG + b'": 1, "n": 0}'),
+    "a text": (b"/tokenize", b'{"prompt": "' + b"d" * BIG + b'"}'),
+}
+
+
+@pytest.mark.parametrize("name", LONG_BODIES)
+async def test_no_body_stops_the_others(client: httpx.AsyncClient, name: str):
+    """A body of errors is refused at the first of them: all of them took the event loop for ten seconds."""
+    path, body = LONG_BODIES[name]
+    response = await client.post(path.decode(), content=body, headers=JSON)
+    assert response.status_code == 400
+    assert len(response.content) < 1000
+    assert response.json()["error"]["param"] is None or len(response.json()["error"]["param"]) < 50
+
+
+async def test_a_body_that_trickles_is_not_waited_for(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("serve_app.limits.READ_TIMEOUT_S", 0.05)
+
+    async def body():
+        yield b"{"
+        await asyncio.sleep(5)
+        yield b"}"
+
+    response = await client.post("/v1/completions", content=body(), headers=JSON)
+    assert (response.status_code, response.json()["error"]["code"]) == (408, "request_timeout")
