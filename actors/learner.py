@@ -99,32 +99,35 @@ class Learner:
         device = ray.train.torch.get_device()
         self.trainer: SteppedTrainer = job.build(Place(rank=self.rank, world_size=self.world_size, device=device))
         self.budget = Budget(self.config.max_steps, self.config.max_seconds)
+        self._hosts: dist.ProcessGroup | None = None
         self.stop, self.stopped = StopRequest(self.directory), False
         self.first_loss: float | None = None
+        self.last: dict[str, float] = {}
+        """The last record; a training that is resumed with no step left has that of the run before."""
 
     def run(self) -> None:
         """Train, and on rank 0 save what was trained; a stopped training leaves its state alone."""
         meta = resume_state(self.directory / CHECKPOINTS, self.trainer)
         if meta is not None:
             self.budget.seconds_used, self.first_loss = meta["seconds_used"], meta["loss_first"]
+            self.last = meta["last"]
         log = TrainingLog(self.directory) if self.rank == 0 else None
-        last = self._train(log)
+        self._train(log)
         if log is not None:
             log.close()
             if not self.stopped:
-                self._save_final(last)
-        ray.train.report({"steps": self.trainer.steps_done} | last)
+                self._save_final()
+        ray.train.report({"steps": self.trainer.steps_done} | self.last)
 
-    def _train(self, log: TrainingLog | None) -> dict[str, float]:
-        """Steps until the budget is spent or a stop is asked for; the last record (empty without any step)."""
+    def _train(self, log: TrainingLog | None) -> None:
+        """Steps until the budget is spent or a stop is asked for."""
         window: list[dict[str, float]] = []
-        last: dict[str, float] = {}
         saved_at = time.monotonic()
         while (progress := self._progress()) < 1.0:
             start = time.monotonic()
             window.append(self.trainer.step(progress))
             if self.trainer.steps_done % self.config.log_every_steps == 0:
-                last, window = self._record(log, window), []
+                self.last, window = self._record(log, window), []
             # After the record: a device works behind the host until somebody reads from it.
             self.budget.seconds_used += time.monotonic() - start
             if log is not None and time.monotonic() - saved_at >= self.config.checkpoint_every_s:
@@ -132,10 +135,9 @@ class Learner:
                 saved_at = time.monotonic()
         self.stopped = progress == _STOPPED
         if window:
-            last = self._record(log, window)
+            self.last = self._record(log, window)
         if log is not None:
             self._save_checkpoint()
-        return last
 
     def _record(self, log: TrainingLog | None, window: list[dict[str, float]]) -> dict[str, float]:
         """Means over the steps since the last record: single steps of a few blocks are too noisy to read."""
@@ -152,22 +154,25 @@ class Learner:
         progress = _STOPPED if self.stop.is_made() else self.budget.progress(self.trainer.steps_done)
         if self.world_size == 1:
             return progress
-        shared = torch.tensor([progress], dtype=torch.float64, device=self.trainer.device)
-        dist.broadcast(shared, src=0)
+        # Between the hosts: a value of the device would have to be waited for in every step.
+        if self._hosts is None:
+            self._hosts = dist.new_group(backend="gloo")
+        shared = torch.tensor([progress], dtype=torch.float64)
+        dist.broadcast(shared, src=0, group=self._hosts)
         return float(shared)
 
     def _save_checkpoint(self) -> None:
-        meta = {"seconds_used": self.budget.seconds_used, "loss_first": self.first_loss}
+        meta = {"seconds_used": self.budget.seconds_used, "loss_first": self.first_loss, "last": self.last}
         save_state(self.directory / CHECKPOINTS, self.trainer, meta)
 
-    def _save_final(self, last: dict[str, float]) -> None:
+    def _save_final(self) -> None:
         records = {name: (self.directory / name).read_text() for name in (RUN_YAML, PROVENANCE)}
         self.job.save(self.trainer, self.directory / FINAL, records)
         summary = {
             "steps": self.trainer.steps_done,
             "seconds": self.budget.seconds_used,
             "loss_first": self.first_loss,
-            "loss_last": last.get("loss"),
+            "loss_last": self.last.get("loss"),
             "sequences": self.trainer.sequences.total,
         }
         write_json(self.directory / SUMMARY, summary)

@@ -24,6 +24,9 @@ _JOIN_S = 30.0
 _VERDICT_S = 15.0
 """How long the autoscaler must call a demand infeasible: its first word may be of an earlier state."""
 
+_TELL_S = 30.0
+"""How often the log says what is waited for."""
+
 _POLL_S = 1.0
 
 
@@ -64,26 +67,29 @@ def _problem(demands: Sequence[Demand]) -> str | None:
 
 
 def _wait_for_autoscaler(demands: Sequence[Demand]) -> None:
-    """Show the autoscaler the least of each demand that no live node fits, until a node is up or it gives up."""
-    missing = [demand for demand in demands if misfit([demand], live_nodes())]
-    if not missing:
-        return
-    logger.info("waiting for nodes: %s", "; ".join(f"{demand.name} needs {demand}" for demand in missing))
-    probes = [_probe(demand) for demand in missing for _ in range(demand.least)]
-    feasible_at = time.monotonic()
+    """Show the autoscaler the least of all demands, until the nodes that are up suffice or it gives up."""
+    probes = [_probe(demand) for demand in demands if demand.resources for _ in range(demand.least)]
+    feasible_at = told_at = time.monotonic() - _TELL_S
     try:
-        while missing := [demand for demand in missing if misfit([demand], live_nodes())]:
-            infeasible = [demand for demand in missing if _is_infeasible(demand)]
+        while problem := _problem(demands):
+            now = time.monotonic()
+            if now - told_at >= _TELL_S:
+                logger.info("waiting for nodes: %s", problem)
+                told_at = now
+            infeasible = [demand for demand in demands if _is_infeasible(demand)]
             if not infeasible:
-                feasible_at = time.monotonic()
-            elif time.monotonic() - feasible_at > _VERDICT_S:
-                lacking = infeasible[0]
-                raise FaultError(
-                    f"{lacking.name}: needs {lacking}; no node and no node type of the autoscaler has that"
-                )
+                feasible_at = now
+            elif now - feasible_at > _VERDICT_S:
+                raise FaultError(_why_never(infeasible[0], problem))
             time.sleep(_POLL_S)
     finally:
         _end(probes)
+
+
+def _why_never(lacking: Demand, problem: str) -> str:
+    if misfit([lacking], live_nodes()):
+        return f"{lacking.name}: needs {lacking}; no node and no node type of the autoscaler has that"
+    return f"{problem}; the autoscaler brings up no more nodes"
 
 
 def _probe(demand: Demand) -> Any:

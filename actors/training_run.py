@@ -9,6 +9,9 @@ from actors.placement import require_room
 from actors.stop_request import StoppedError, StopRequest
 from unmask.placement import Demand
 
+_MAX_STARTS = 10
+"""How often a group of workers that could not be started is tried; Ray would try for ever."""
+
 
 def connect_for(demand: Demand) -> None:
     """Join or start the cluster that a training runs on. Call it before anything else of Ray is imported.
@@ -35,7 +38,7 @@ def run_training(job, demand: Demand) -> None:
     from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    from actors.learner import learn
+    from actors.learner import SUMMARY, learn
 
     trainer = TorchTrainer(
         learn,
@@ -51,15 +54,16 @@ def run_training(job, demand: Demand) -> None:
         run_config=RunConfig(
             name="ray_train",
             storage_path=str(job.directory),
-            failure_config=FailureConfig(max_failures=job.config.max_failures),
+            failure_config=FailureConfig(max_failures=job.config.max_failures, controller_failure_limit=_MAX_STARTS),
         ),
     )
     request = StopRequest(job.directory)
     request.clear()
+    (job.directory / SUMMARY).unlink(missing_ok=True)
     with request.by_sigterm():
         try:
             trainer.fit()
         except TrainingFailedError as error:  # It wraps what a worker raised; only the cause tells mistake from fault.
             raise explain(error) from error
-    if request.is_made():
+    if request.is_made() and not (job.directory / SUMMARY).is_file():
         raise StoppedError(f"stopped; the state is in '{job.directory}'")

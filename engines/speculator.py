@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from vllm.config import SpeculativeConfig, VllmConfig
+from vllm.config import CompilationMode, SpeculativeConfig, VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
@@ -39,7 +39,7 @@ from unmask.pairing.mailbox_layout import Layout
 from unmask.pairing.mailbox_target import MailboxTarget
 from unmask.pairing.packed_rows import StepTensors
 from unmask.pairing.sidecar import target_shape
-from unmask.pairing.stream_words import HostWords, PinnedMailbox
+from unmask.pairing.stream_words import HostWords, PinnedMailbox, StreamWords
 
 _PROPOSE = (
     "self",
@@ -74,7 +74,7 @@ _BATCH = {
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - what it holds is private to this user
 _DEFAULT_WATCHDOG_MS = "100"
 
-schedulers: list[Scheduler] = []
+schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 """Those of this process: whoever changes K tells them too."""
 
 
@@ -106,6 +106,11 @@ class RemoteSpeculator(BaseSpeculator):
                 config.num_speculative_tokens_per_batch_size, max_requests, self.max_k
             )
         self.times: StepTimes | None = None
+        # Compiled embeddings and the rejection sampler take -1 for no draft; an eager embedding looks every id up.
+        compilation = vllm_config.compilation_config
+        is_compiled = compilation.mode == CompilationMode.VLLM_COMPILE and compilation.backend != "eager"
+        self.absent = -1 if is_compiled else 0
+        self.dtype = cast(torch.dtype, vllm_config.model_config.dtype)
         layers = get_eagle3_aux_layers_from_config(config)
         if not layers:
             raise ConfigError("the draft's config.json names no target_layer_ids", field="speculative_config.model")
@@ -141,14 +146,15 @@ class RemoteSpeculator(BaseSpeculator):
             sizes = [f"--vocab-size={vocab_size}", "--layer-ids", *map(str, layer_ids)]
             attendants.append(["unmask.pairing.sidecar", f"--mailbox={path}", f"--link-file={link_file}", *sizes])
         words = PinnedMailbox(self.mailbox) if self.device.type == "cuda" else HostWords(self.mailbox)
-        # vLLM's eager embedding looks every id up; compiled ones and the rejection sampler take -1 for no draft.
-        absent = 0 if model.enforce_eager else -1
-        self.target = MailboxTarget(self.mailbox, words, shape, self.device, absent)
+        self.target = MailboxTarget(self.mailbox, words, shape, self.device, self.absent)
         self.attendants = Attendants(attendants)
         self.attendants.start()
-        self.target.start()
+        if self.device.type == "cpu":
+            # On a GPU with the first step: a draft's projection is copied to the device on a thread of its own, which
+            # would spoil the graphs that vLLM captures until then.
+            self.target.start()
         # vLLM drops its speculator without a word. What a killed worker leaves behind the next one clears away.
-        self.close = weakref.finalize(self, _close, self.target, self.attendants, self.mailbox)
+        self.close = weakref.finalize(self, _close, self.target, words, self.attendants, self.mailbox)
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         """Nothing is captured here: the waits are not part of any graph."""
@@ -181,7 +187,9 @@ class RemoteSpeculator(BaseSpeculator):
         if dummy_run or is_profile:
             self._claim_memory(num_tokens)
             return torch.zeros(num_requests, self.max_k, dtype=torch.int64, device=self.device)
-        tokens = torch.empty(num_requests, self.max_k, dtype=torch.int64, device=self.device)
+        tokens = torch.full((num_requests, self.max_k), self.absent, dtype=torch.int64, device=self.device)
+        if self.target is not None:
+            self.target.start()
         if self.target is not None and aux_hidden_states is not None:
             if self.times is not None:
                 self.times.begin(num_requests)
@@ -212,16 +220,23 @@ class RemoteSpeculator(BaseSpeculator):
 
     def _claim_memory(self, num_tokens: int) -> None:
         """What the projection will need, so that vLLM's memory profile leaves room for it."""
-        options = {"dtype": torch.bfloat16, "device": self.device}
+        options = {"dtype": self.dtype, "device": self.device}
         wide = self.num_layers * self.width
-        for shape in ((self.width, wide), (num_tokens, wide), (num_tokens, 2 * self.width)):
-            torch.empty(shape, **options)
+        shapes = ((self.width, wide), (num_tokens, wide), (num_tokens, 2 * self.width))
+        held = [torch.empty(shape, **options) for shape in shapes]
+        del held
 
 
-def _close(target: MailboxTarget, attendants: Attendants, mailbox: Mailbox) -> None:
-    target.close()
-    attendants.close()
-    mailbox.remove()
+def _close(target: MailboxTarget, words: StreamWords, attendants: Attendants, mailbox: Mailbox) -> None:
+    try:
+        target.close()
+        if isinstance(words, PinnedMailbox):
+            # The watchdog goes last, so that this comes to an end; pages must not be unmapped while they are pinned.
+            torch.cuda.synchronize()
+            words.close()
+    finally:
+        attendants.close()
+        mailbox.remove()
 
 
 def install(new_speculator: Callable[[VllmConfig, torch.device], Any] = RemoteSpeculator) -> None:
@@ -240,12 +255,13 @@ def install(new_speculator: Callable[[VllmConfig, torch.device], Any] = RemoteSp
     finish, init = model_runner.GPUModelRunner.finish_requests, Scheduler.__init__
 
     def finish_requests(runner: Any, scheduler_output: Any) -> None:
-        runner.speculator.finish(scheduler_output.finished_req_ids)
+        if runner.speculator is not None:
+            runner.speculator.finish(scheduler_output.finished_req_ids)
         finish(runner, scheduler_output)
 
     def init_scheduler(scheduler: Scheduler, *args: Any, **kwargs: Any) -> None:
         init(scheduler, *args, **kwargs)
-        schedulers.append(scheduler)
+        schedulers.add(scheduler)
 
     model_runner.init_speculator = new_speculator  # pyrefly: ignore[bad-assignment]
     model_runner.GPUModelRunner.finish_requests = finish_requests  # pyrefly: ignore[bad-assignment]

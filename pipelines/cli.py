@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import pkgutil
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import NoReturn
 
 import yaml
 
-from actors.cluster import FaultError
+from actors.cluster import FaultError, explain
 from actors.stop_request import StoppedError
 from unmask.config import Recipe
 from unmask.errors import ConfigError, UserError, nearest
@@ -28,6 +29,8 @@ _HELPERS = ("chat_client", "cli", "progress", "student_evaluation", "training")
 
 DONE, USER_ERROR, FAULT, INTERRUPTED = 0, 2, 3, 130
 """Exit codes: done; the user can mend it; faults that retries did not mend; stopped by Ctrl-C or SIGTERM."""
+
+_STOPPED = "stopped; run the same command again to go on from here"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +74,16 @@ def run_pipeline(
         # An OSError is a disk or store that is full, read-only or gone: what is finished stays, and is resumed from.
         return _fail(FAULT, str(error))
     except (KeyboardInterrupt, StoppedError):
-        return _fail(INTERRUPTED, "stopped; run the same command again to go on from here")
+        return _fail(INTERRUPTED, _STOPPED)
+    except SystemExit as error:
+        # Ray's own handler of SIGTERM, in stages that have none.
+        if error.code != signal.SIGTERM:
+            raise
+        return _fail(INTERRUPTED, _STOPPED)
+    except Exception as error:
+        if not type(error).__module__.startswith("ray."):
+            raise
+        return _fail(FAULT, str(explain(error)))
     return DONE
 
 

@@ -77,7 +77,7 @@ def on_policy(recipe: Recipe, run_dir: Path, *, fresh: bool = False) -> list[dic
             line = _next_line(line, run_dir, number)
             published = Path(drafts[-1]["path"])
             work = functools.partial(service.capture, published, line.run_dir, number)
-            drafts[-1] |= {"served": line.stage("capture", lambda again, work=work: work())}
+            drafts[-1] |= {"served": line.stage("capture", work)}
             if number <= rounds:
                 drafts.append(_train(line, fresh))
     write_json(run_dir / "on_policy.json", drafts)
@@ -87,7 +87,7 @@ def on_policy(recipe: Recipe, run_dir: Path, *, fresh: bool = False) -> list[dic
 def _generate(line: Line, fresh: bool) -> None:
     from pipelines.generate import generate
 
-    line.stage("generate", lambda again: generate(line.recipe, line.run_dir, fresh=fresh or again))
+    line.stage("generate", lambda: generate(line.recipe, line.run_dir, fresh=fresh))
 
 
 def _train(line: Line, fresh: bool) -> dict[str, Any]:
@@ -97,9 +97,9 @@ def _train(line: Line, fresh: bool) -> dict[str, Any]:
     from pipelines.publish import publish
 
     recipe, run_dir = line.recipe, line.run_dir
-    trained = line.stage("distill", lambda again: distill(recipe, run_dir, fresh=fresh or again))
-    evaluated = line.stage("evaluate", lambda again: evaluate(recipe, run_dir))
-    published = line.stage("publish", lambda again: publish(recipe, run_dir))
+    trained = line.stage("distill", lambda: distill(recipe, run_dir, fresh=fresh))
+    evaluated = line.stage("evaluate", lambda: evaluate(recipe, run_dir))
+    published = line.stage("publish", lambda: publish(recipe, run_dir))
     return {
         **published,
         **{name: trained[name] for name in ("sequences", "steps", "loss_last")},

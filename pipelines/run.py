@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from actors.cluster import connect
 from engines.engine_options import DIFFUSION_PLACEMENT, PLACEMENT, check_engine_options
 from pipelines.cli import Invocation, run_pipeline
 from unmask.config import DistillConfig, Recipe, TrainingConfig
-from unmask.errors import ConfigError
+from unmask.errors import ConfigError, UserError
 from unmask.files import write_json
 from unmask.placement import PLACING, stage_demands
 from unmask.prompt_rows import check_source
@@ -40,6 +41,14 @@ INPUTS = {
 }
 """Sections of the recipe that each stage reads, in the order of the stages."""
 
+_MADE = {
+    "adapt": ("teacher",),
+    "generate": ("trajectories",),
+    "capture": ("trajectories",),
+    "distill": ("draft", "student"),
+}
+"""Folders of the run whose contents a stage goes on with."""
+
 
 @dataclass(slots=True)
 class Line:
@@ -49,27 +58,42 @@ class Line:
     run_dir: Path
     upstream: str = ""
 
-    def stage(self, name: str, work: Callable[[bool], Any]) -> dict[str, Any]:
+    def stage(self, name: str, work: Callable[[], Any]) -> dict[str, Any]:
         """Run a stage, or take its earlier report.
 
         Args:
-            work: does it and returns a report dataclass; told whether to start over.
+            work: does it, going on with what is there, and returns a report dataclass.
         """
         inputs = digest(self.upstream, *(_deciding(self.recipe, section) for section in INPUTS[name]))
         self.upstream = inputs
         record = self.run_dir / "stages" / f"{name}.json"
         before = json.loads(record.read_text()) if record.is_file() else None
-        if before and before["inputs"] == inputs:
+        unchanged = before is not None and before["inputs"] == inputs
+        if unchanged and before["report"] is not None:
             logger.info("%s: complete and unchanged, skipped", name)
             return before["report"]
         logger.info("%s: started", name)
-        start = time.monotonic()
-        report = asdict(work(before is not None))
+        if before is not None and not unchanged:
+            self._clear(name)
         record.parent.mkdir(parents=True, exist_ok=True)
+        # Said before anything is made: what a killed stage leaves belongs to these inputs, and is gone on with.
+        write_json(record, {"inputs": inputs, "report": None})
+        start = time.monotonic()
+        report = asdict(work())
         seconds = time.monotonic() - start
         write_json(record, {"inputs": inputs, "report": report, "wall_seconds": seconds})
         logger.info("%s: done in %.0f s", name, seconds)
         return report
+
+    def forget(self, name: str) -> None:
+        """Have a stage done again next time."""
+        (self.run_dir / "stages" / f"{name}.json").unlink(missing_ok=True)
+
+    def _clear(self, name: str) -> None:
+        """Delete what a stage has made of other inputs."""
+        for folder in _MADE.get(name, ()):
+            if (self.run_dir / folder).exists():
+                shutil.rmtree(self.run_dir / folder)
 
 
 def _deciding(recipe: Recipe, section: str) -> dict[str, Any] | None:
@@ -112,7 +136,12 @@ def run(recipe: Recipe, run_dir: Path, *, fresh: bool = False) -> dict[str, Any]
     stages = _pairing_stages(line, fresh)
     report = summary(stages) | {"seconds": time.monotonic() - start}
     write_json(run_dir / "report.json", report)
-    check(GateReport(**stages["gate"]))
+    try:
+        check(GateReport(**stages["gate"]))
+    except UserError:
+        # What was wrong may lie outside the recipe: a failed gate is asked again.
+        line.forget("gate")
+        raise
     return report
 
 
@@ -121,7 +150,7 @@ def _pairing_stages(line: Line, fresh: bool) -> dict[str, dict[str, Any]]:
 
     recipe, run_dir = line.recipe, line.run_dir
     stages = _common_stages(line, fresh)
-    stages["gate"] = line.stage("gate", lambda again: gate(recipe, run_dir, Path(stages["publish"]["path"])))
+    stages["gate"] = line.stage("gate", lambda: gate(recipe, run_dir, Path(stages["publish"]["path"])))
     return stages
 
 
@@ -131,7 +160,7 @@ def _student_stages(line: Line, fresh: bool) -> dict[str, dict[str, Any]]:
     recipe, run_dir = line.recipe, line.run_dir
     stages = {}
     if recipe.adapt is not None and recipe.student is not None and recipe.student.teacher is None:
-        stages["adapt"] = line.stage("adapt", lambda again: adapt(recipe, run_dir, fresh=fresh or again))
+        stages["adapt"] = line.stage("adapt", lambda: adapt(recipe, run_dir, fresh=fresh))
     return stages | _common_stages(line, fresh)
 
 
@@ -143,10 +172,10 @@ def _common_stages(line: Line, fresh: bool) -> dict[str, dict[str, Any]]:
 
     recipe, run_dir = line.recipe, line.run_dir
     return {
-        "generate": line.stage("generate", lambda again: generate(recipe, run_dir, fresh=fresh or again)),
-        "distill": line.stage("distill", lambda again: distill(recipe, run_dir, fresh=fresh or again)),
-        "evaluate": line.stage("evaluate", lambda again: evaluate(recipe, run_dir)),
-        "publish": line.stage("publish", lambda again: publish(recipe, run_dir)),
+        "generate": line.stage("generate", lambda: generate(recipe, run_dir, fresh=fresh)),
+        "distill": line.stage("distill", lambda: distill(recipe, run_dir, fresh=fresh)),
+        "evaluate": line.stage("evaluate", lambda: evaluate(recipe, run_dir)),
+        "publish": line.stage("publish", lambda: publish(recipe, run_dir)),
     }
 
 

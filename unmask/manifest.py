@@ -65,7 +65,8 @@ class Manifest:
         adopted if `inspect` finds them whole, and removed otherwise. Unfinished writes are removed too.
         """
         for leftover in directory.rglob(".*.tmp"):
-            leftover.unlink()
+            # An actor that has outlived its driver may finish one at this moment.
+            leftover.unlink(missing_ok=True)
         sizes = shard_sizes(directory)
         for shard in [s for s, entry in self.entries.items() if sizes.get(s) != entry.size]:
             del self.entries[shard]

@@ -85,7 +85,8 @@ def inspect_shard(directory: Path, shard: int) -> ShardEntry | None:
     path = shard_path(directory, shard)
     try:
         table = pq.read_table(path)
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowInvalid, FileNotFoundError):
+        # Other errors are the store's: what cannot be read now may be whole, and None would have it deleted.
         return None
     metadata = table.schema.metadata or {}
     if metadata.get(_VERSION_KEY) != SCHEMA_VERSION.encode() or _SHARD_KEY not in metadata:

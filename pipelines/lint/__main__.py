@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from pipelines.lint.document import Cluster, Document, require_mapping
 from unmask.config import Recipe
 from unmask.errors import ConfigError, UserError
 from unmask.placement import Demand, shortage, stage_demands
-from unmask.recipe import parse_recipe
+from unmask.recipe import load_recipe, parse_recipe
 
 IMAGE_ROOT = "/opt/unmask"
 """Where `deploy/Dockerfile` puts the recipes."""
@@ -57,8 +58,8 @@ def check(path: Path, asked: dict[str, list[Demand]]) -> str:
         if document.cluster is None:
             continue
         demands = document.demands if document.cluster.dedicated else asked | document.demands
-        for name in document.recipes:
-            demands |= _demands_of(_find(name, path), name)
+        for command in document.recipes:
+            demands |= _demands_of(command, path)
         _check_room(document.cluster, demands)
     return ", ".join(dict.fromkeys(document.kind for document in documents))
 
@@ -73,7 +74,13 @@ def read(path: Path) -> list[Document]:
         raise ConfigError(f"is not valid YAML: {error}") from None
     if not trees:
         raise ConfigError("is empty")
-    return [_read(require_mapping(tree, "the document")) for tree in trees]
+    try:
+        return [_read(require_mapping(tree, "the document")) for tree in trees]
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError) as error:
+        if isinstance(error, UserError):
+            raise
+        # A shape that no check foresaw: the file is at fault all the same.
+        raise ConfigError(f"cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _read(tree: dict[str, Any]) -> Document:
@@ -105,8 +112,14 @@ def _recipes_among(files: Sequence[Path]) -> dict[str, list[Demand]]:
     return asked
 
 
-def _demands_of(path: Path, name: str) -> dict[str, list[Demand]]:
+def _demands_of(command: str, beside: Path) -> dict[str, list[Demand]]:
+    """What a recipe asks for with the overrides that stand behind it."""
+    name, *overrides = shlex.split(command)
+    path = _find(name, beside)
     try:
+        if overrides:
+            asked = stage_demands(load_recipe(path, overrides))
+            return {f"{name}, {stage}": demands for stage, demands in asked.items()}
         return {f"{name}, {stage}": demands for document in read(path) for stage, demands in document.demands.items()}
     except UserError as error:
         raise ConfigError(f"{name}: {error}") from None

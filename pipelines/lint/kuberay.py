@@ -30,6 +30,13 @@ _GPU = "nvidia.com/gpu"
 Count = Annotated[int, Field(ge=0)]
 
 
+def _require_one_source(group: HeadGroup | WorkerGroup) -> None:
+    """KubeRay refuses resources that are given twice."""
+    twice = {"num-cpus", "num-gpus", "memory", "resources"} & group.rayStartParams.keys()
+    if group.resources and twice:
+        raise ValueError(f"gives 'resources' and rayStartParams '{min(twice)}'; KubeRay takes one of them")
+
+
 class AutoscalerOptions(Shape):
     """AutoscalerOptions; version 1 ignores labels."""
 
@@ -55,6 +62,11 @@ class HeadGroup(Shape):
     serviceType: Literal["ClusterIP"] = "ClusterIP"
     template: PodTemplate
 
+    @model_validator(mode="after")
+    def _said_once(self) -> HeadGroup:
+        _require_one_source(self)
+        return self
+
 
 class WorkerGroup(Shape):
     """WorkerGroupSpec."""
@@ -68,6 +80,13 @@ class WorkerGroup(Shape):
     resources: dict[str, Quantity] = Field(default_factory=dict)
     rayStartParams: Labels = Field(default_factory=dict)
     template: PodTemplate
+
+    @model_validator(mode="after")
+    def _said_once(self) -> WorkerGroup:
+        _require_one_source(self)
+        if self.template.spec.restartPolicy not in (None, "Never"):
+            raise ValueError(f"group '{self.groupName}': the autoscaler needs restartPolicy Never")
+        return self
 
     @model_validator(mode="after")
     def _counts_agree(self) -> WorkerGroup:
@@ -89,6 +108,13 @@ class ClusterSpec(Shape):
     headGroupSpec: HeadGroup
     workerGroupSpecs: list[WorkerGroup] = Field(min_length=1)
     gcsFaultToleranceOptions: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> ClusterSpec:
+        names = [group.groupName for group in self.workerGroupSpecs]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two groups are named '{twice[0]}'")
+        return self
 
     def nodes(self) -> list[NodeType]:
         """What head and groups offer to Ray."""
@@ -180,7 +206,7 @@ def read_kubernetes(tree: dict[str, Any]) -> Document:
             return Document(kind=kind, cluster=Cluster(nodes=checked.spec.nodes()))
         case RayJob():
             cluster = Cluster(nodes=checked.spec.rayClusterSpec.nodes(), dedicated=True)
-            return Document(kind=kind, cluster=cluster, recipes=[_recipe(checked.spec.entrypoint)])
+            return Document(kind=kind, cluster=cluster, recipes=[_command(checked.spec.entrypoint)])
         case RayService():
             served = read_serve_file(require_mapping(yaml.safe_load(checked.spec.serveConfigV2), "spec.serveConfigV2"))
             cluster = Cluster(nodes=checked.spec.rayClusterConfig.nodes(), dedicated=True)
@@ -188,12 +214,13 @@ def read_kubernetes(tree: dict[str, Any]) -> Document:
     return Document(kind=kind)
 
 
-def _recipe(entrypoint: str) -> str:
-    """The recipe that a job's command runs."""
-    recipes = [word for word in shlex.split(entrypoint) if word.endswith((".yaml", ".yml"))]
+def _command(entrypoint: str) -> str:
+    """The recipe that a job's command runs, and its overrides behind it."""
+    words = shlex.split(entrypoint)
+    recipes = [word for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
     if not recipes:
         raise ConfigError("names no recipe", field="spec.entrypoint")
-    return recipes[0]
+    return shlex.join([recipes[0], *(word for word in words[words.index(recipes[0]) + 1 :] if "=" in word)])
 
 
 def _offered(group: HeadGroup | WorkerGroup) -> dict[str, float]:

@@ -147,6 +147,14 @@ class Peer(Shape):
     namespaceSelector: Selector | None = None
     ipBlock: dict[str, str | list[str]] | None = None
 
+    @model_validator(mode="after")
+    def _names_somebody(self) -> Peer:
+        if not self.model_fields_set:
+            raise ValueError("an empty peer names nobody; Kubernetes refuses it")
+        if self.namespaceSelector is not None and not self.namespaceSelector.model_fields_set:
+            raise ValueError("an empty namespaceSelector admits every namespace")
+        return self
+
 
 class Port(Shape):
     """NetworkPolicyPort."""

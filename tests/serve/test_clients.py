@@ -24,7 +24,7 @@ dataset_path: json
 dataset_kwargs: {data_files: {test: DATA}}
 test_split: test
 output_type: generate_until
-doc_to_text: "{{question}}"
+doc_to_text: "Question: {{question}} Answer: it is"
 doc_to_target: "{{answer}}"
 generation_kwargs: {until: ["<|im_end|>"], max_gen_toks: 16, do_sample: false}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]

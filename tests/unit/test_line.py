@@ -3,6 +3,8 @@
 import dataclasses
 from dataclasses import dataclass
 
+import pytest
+
 from pipelines.run import Line, table
 from unmask.config import AdaptConfig, Recipe, StudentConfig
 from unmask.placement import PLACING
@@ -20,10 +22,25 @@ class Report:
     value: int
 
 
-def go(recipe, directory, log):
+class KilledError(Exception):
+    """In the place of a signal."""
+
+
+def go(recipe, directory, log, killed=None):
+    """Each stage leaves a file, and tells whether it found one; one may be killed after that."""
     line = Line(recipe, directory)
+
+    def work(name):
+        trace = directory / {"generate": "trajectories", "distill": "draft"}.get(name, "evaluation") / "trace"
+        log.append((name, trace.exists()))
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        trace.touch()
+        if name == killed:
+            raise KilledError
+        return Report(len(log))
+
     for name in ("generate", "distill", "evaluate"):
-        line.stage(name, lambda again, name=name: log.append((name, again)) or Report(len(log)))
+        line.stage(name, lambda name=name: work(name))
     return log
 
 
@@ -36,8 +53,26 @@ def test_a_changed_stage_starts_over_with_all_that_follow(tmp_path):
     go(Recipe(), tmp_path, [])
     distill = dataclasses.replace(Recipe().distill, seed=7)
     changed = dataclasses.replace(Recipe(), distill=distill)
-    assert go(changed, tmp_path, []) == [("distill", True), ("evaluate", True)]
+    assert go(changed, tmp_path, []) == [("distill", False), ("evaluate", True)], "nothing of the old training is left"
     assert go(changed, tmp_path, []) == []
+
+
+def test_a_changed_stage_that_is_killed_is_gone_on_with(tmp_path):
+    go(Recipe(), tmp_path, [])
+    changed = dataclasses.replace(Recipe(), generate=dataclasses.replace(Recipe().generate, seed=7))
+    for found in (False, True):
+        log = []
+        with pytest.raises(KilledError):
+            go(changed, tmp_path, log, killed="generate")
+        assert log == [("generate", found)]
+    assert go(changed, tmp_path, []) == [("generate", True), ("distill", False), ("evaluate", True)]
+
+
+def test_a_killed_training_is_not_gone_on_with_on_other_trajectories(tmp_path):
+    with pytest.raises(KilledError):
+        go(Recipe(), tmp_path, [], killed="distill")
+    changed = dataclasses.replace(Recipe(), generate=dataclasses.replace(Recipe().generate, seed=7))
+    assert go(changed, tmp_path, []) == [("generate", False), ("distill", False), ("evaluate", False)]
 
 
 def test_another_placement_changes_nothing(tmp_path):
@@ -53,7 +88,7 @@ def test_another_placement_changes_nothing(tmp_path):
     assert moved != Recipe()
     assert go(moved, tmp_path, []) == []
     other_engine = dataclasses.replace(Recipe().target, engine={"quantization": "fp8"})
-    assert go(dataclasses.replace(Recipe(), target=other_engine), tmp_path, [])[0] == ("generate", True)
+    assert go(dataclasses.replace(Recipe(), target=other_engine), tmp_path, [])[0] == ("generate", False)
 
 
 def test_every_placing_field_exists():
@@ -65,7 +100,7 @@ def test_every_placing_field_exists():
 def test_an_unfinished_stage_is_resumed(tmp_path):
     go(Recipe(), tmp_path, [])
     (tmp_path / "stages" / "evaluate.json").unlink()
-    assert go(Recipe(), tmp_path, []) == [("evaluate", False)]
+    assert go(Recipe(), tmp_path, []) == [("evaluate", True)]
 
 
 def test_the_table_names_every_figure():

@@ -113,6 +113,8 @@ BROKEN_LAUNCHERS = [
     ("head_start_ray_commands.1", f"{HEAD} --dashboard-host=0.0.0.0", "must keep the dashboard on 127.0.0.1"),
     ("head_start_ray_commands.1", "RAY_AUTH_MODE=token ray start --head", "must set RAY_enable_autoscaler_v2=1"),
     ("available_node_types", ..., "available_node_types: is needed"),
+    ("available_node_types", [{"train": {}}], "cannot be read"),
+    ("available_node_types.train", "big", "cannot be read"),
 ]
 
 TARGETS = "spec.rayClusterConfig.workerGroupSpecs.0"
@@ -135,6 +137,25 @@ BROKEN_SERVICES = [
     ("spec.serveConfigV2", "applications: [{import_path: a:b}]", "import_path: is 'a:b'"),
     ("spec.serveConfigV2", "applications: [{import_path: 'serve_app.app:build', args: {drafts: x}}]", "args.drafts"),
     ("spec.serveConfigV2", "http_options: {prot: 1}", "prot"),
+    ("spec.serveConfigV2", "applications: [", "cannot be read"),
+    (f"{TARGETS}.rayStartParams", {"num-cpus": "8"}, "rayStartParams 'num-cpus'; KubeRay takes one"),
+    (f"{TARGETS}.template.spec.restartPolicy", "Always", "the autoscaler needs restartPolicy Never"),
+    (f"{TARGETS}.groupName", "serve-draft", "two groups are named 'serve-draft'"),
+]
+
+BROKEN_JOBS = [
+    ("spec.entrypoint", "python -m pipelines.run 'recipes/x.yaml", "cannot be read: No closing quotation"),
+    ("spec.entrypoint", "python -m pipelines.run", "names no recipe"),
+    (
+        "spec.entrypoint",
+        "python -m pipelines.run recipes/qwen3_8b_cluster.yaml generate.gpus_per_actor=64",
+        "generate: no node has",
+    ),
+    (
+        "spec.entrypoint",
+        "python -m pipelines.run recipes/qwen3_8b_cluster.yaml generate.gpu_per_actor=1",
+        "did you mean 'gpus_per_actor'",
+    ),
 ]
 
 
@@ -167,6 +188,40 @@ def test_a_broken_service_is_refused_in_one_line(tmp_path: Path, path: str, valu
     assert "\n" not in str(mistake.value)
 
 
+@pytest.mark.parametrize(("path", "value", "message"), BROKEN_JOBS)
+def test_a_broken_job_is_refused_in_one_line(tmp_path: Path, path: str, value: Any, message: str) -> None:
+    with pytest.raises(UserError) as mistake:
+        _lint(tmp_path, "deploy/kuberay/rayjob.yaml", path, value)
+    assert message in str(mistake.value)
+    assert "\n" not in str(mistake.value)
+
+
+def _objects(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((ROOT / "deploy" / "kuberay" / name).read_text()))
+
+
+def test_nobody_reaches_a_pod_unless_a_policy_says_so() -> None:
+    [deny] = [policy for policy in _objects("networkpolicy.yaml") if not policy["spec"].get("ingress")]
+    assert set(deny["spec"]["policyTypes"]) == {"Ingress", "Egress"}
+    assert not deny["spec"].get("egress")
+    wanted = deny["spec"]["podSelector"]["matchLabels"]
+    for name, cluster in (("rayjob.yaml", "rayClusterSpec"), ("rayservice.yaml", "rayClusterConfig")):
+        [tree] = _objects(name)
+        spec = tree["spec"][cluster]
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            labels = group["template"]["metadata"]["labels"]
+            assert labels.items() >= wanted.items(), (name, group.get("groupName"))
+
+
+def test_disruption_budgets_name_groups_that_exist() -> None:
+    [service] = _objects("rayservice.yaml")
+    groups = {group["groupName"] for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]}
+    selectors = [budget["spec"]["selector"]["matchLabels"] for budget in _objects("pdb.yaml")]
+    named = [labels["ray.io/group"] for labels in selectors if "ray.io/group" in labels]
+    assert named
+    assert set(named) <= groups | {"headgroup"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -180,6 +235,16 @@ def test_a_broken_service_is_refused_in_one_line(tmp_path: Path, path: str, valu
             "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: x}\n"
             "spec: {podSelector: {}, policyTypes: [Ingress], ingress: [{ports: [{port: 1}]}]}",
             "spec.ingress.0.from: Field required",
+        ),
+        (
+            "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: x}\n"
+            "spec: {podSelector: {}, policyTypes: [Ingress], ingress: [{from: [{}], ports: [{port: 1}]}]}",
+            "an empty peer names nobody",
+        ),
+        (
+            "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: x}\nspec: {podSelector: {}, "
+            "policyTypes: [Ingress], ingress: [{from: [{namespaceSelector: {}}], ports: [{port: 1}]}]}",
+            "admits every namespace",
         ),
     ],
 )

@@ -95,7 +95,8 @@ class Mailbox(MailboxWords):
         with atomic_path(Path(path)) as temporary:
             # Stays open: the lock tells that this process lives.
             file = temporary.open("wb")
-            file.truncate(layout.num_bytes)
+            # Not sparse: a store to a page that a full /dev/shm cannot give would end the process.
+            os.posix_fallocate(file.fileno(), 0, layout.num_bytes)
             file.write(layout.pack())
             file.flush()
             fcntl.flock(file, fcntl.LOCK_EX)

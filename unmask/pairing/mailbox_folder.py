@@ -57,6 +57,9 @@ class MailboxFolder:
             for path in [path for path in self._served if is_orphaned(path)]:
                 self._drop(path)
                 remove_files(path)
+            for path in [path for path, (service, _) in self._served.items() if not service.is_alive]:
+                logger.error("what served %s has ended; starting another", path.name)
+                self._drop(path)
             self._closing.wait(_LOOK_S)
 
     def _take(self, path: Path) -> None:

@@ -121,6 +121,11 @@ class MailboxService:
         """Begin to answer."""
         self._thread.start()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it answers."""
+        return self._thread.is_alive()
+
     def close(self) -> None:
         """Answer nothing more; the target is told."""
         self._closing.set()

@@ -58,13 +58,17 @@ class MailboxTarget:
         """Steps without a draft to ask."""
 
     def start(self) -> None:
-        """Begin to look for a draft."""
-        self._thread.start()
+        """Look for a draft, now and from now on. For the thread that drives the stream; once is enough."""
+        if self._thread.ident is None:
+            self._look()
+            self._thread.start()
 
     def close(self) -> None:
-        """Ask nothing more."""
+        """Ask nothing more; what the stream waits for is let go."""
         self._closing.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._mailbox.release(self._step)
 
     @property
     def is_ready(self) -> bool:
@@ -107,16 +111,18 @@ class MailboxTarget:
         """
         mark = mark or _no_mark
         offer, num_rows = self._offer, len(names)
-        if offer is None or not k or not self.is_ready:
+        if offer is None or not self.is_ready:
             self.passed += 1
             return torch.full((num_rows, self._mailbox.layout.max_k), self._absent, device=self._device)
         self.asked += 1
+        k = min(k, self._mailbox.layout.max_k, offer.block_size - 1)
         self._step = (self._step + 1) & STEP_MASK
         number = self._step
         self._mailbox.post(
             Control(
                 number=number,
-                num_speculative_tokens=min(k, self._mailbox.layout.max_k),
+                # The draft is shown every step: one that it has not seen would be a gap in its context.
+                num_speculative_tokens=max(k, 1),
                 draft_version=offer.draft_version,
                 requests=np.array([self._numbers.of(name) for name in names], dtype=np.uint64),
                 finished=self._unread_finished(),
@@ -135,7 +141,7 @@ class MailboxTarget:
         token_words = self._token_words[:num_rows].to(self._device, non_blocking=True, copy=True)
         tokens = take_tokens(token_words, number, self._absent)
         mark("taken")
-        return tokens
+        return tokens if k else torch.full_like(tokens, self._absent)
 
     def _pack(self, step: StepTensors, features: Tensor, number: int, longest: int) -> None:
         if features.is_cuda:
@@ -157,18 +163,23 @@ class MailboxTarget:
     def _follow_offers(self) -> None:
         """Take over the projection of every draft that is offered, beside the per-step path."""
         while not self._closing.wait(_POLL_S):
-            version = self._mailbox.long_word(OFFERED)
-            if version in (0, self._refused) or (self._offer is not None and version == self._offer.draft_version):
-                continue
-            try:
-                hello = read_offer(self._mailbox)
-                self._shape.check(hello)
-            except (OSError, UserError) as error:
-                logger.warning("no proposals for now: %s", error)
-                self._refused = version
-                continue
+            self._look()
+
+    def _look(self) -> None:
+        version = self._mailbox.long_word(OFFERED)
+        if version in (0, self._refused) or (self._offer is not None and version == self._offer.draft_version):
+            return
+        try:
+            hello = read_offer(self._mailbox)
+            self._shape.check(hello)
             if hello.draft_version == version:
                 self._offer = _on_device(hello, self._device)
+        except (OSError, UserError) as error:
+            logger.warning("no proposals for now: %s", error)
+            self._refused = version
+        except RuntimeError as error:
+            # Such as a device that has no memory left; it may have some later.
+            logger.warning("the draft's projection is not taken over yet: %s", error)
 
 
 def write_offer(mailbox: Mailbox, hello: Hello) -> None:

@@ -78,6 +78,9 @@ class MailboxWords:
         return now - self.long_word(HEARTBEAT) < _WATCHDOG_NS and now >= self.long_word(OPEN_UNTIL)
 
     def release(self, number: int) -> None:
-        """Let the GPU go on past a step."""
+        """Let the GPU go on past a step.
+
+        Two parties that do so at the same moment may set the word back by a step, which is then released once more.
+        """
         if not is_reached(self.word(REPLY), number):
             self.set_word(REPLY, number)

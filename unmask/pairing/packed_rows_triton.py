@@ -33,8 +33,8 @@ def _pack(
     REQUESTS: tl.constexpr,
     TYPE: tl.constexpr,
 ):
-    request = tl.program_id(0)
-    row = tl.program_id(1)
+    row = tl.program_id(0)
+    request = tl.program_id(1)
     offsets = tl.arange(0, REQUESTS)
     before = offsets < request
     first = tl.load(query_starts + offsets, mask=before, other=0)
@@ -74,7 +74,8 @@ def pack_rows_on_gpu(
         longest: most query rows of one request.
     """
     layout = mailbox.layout
-    _pack[(len(step.slots), longest)](
+    # The second axis ends at 65,535; a prompt may be longer.
+    _pack[(longest, len(step.slots))](
         features,
         features.stride(0),
         step.positions,
