@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import ray.train
 import ray.train.torch
@@ -156,7 +156,7 @@ class Learner:
             return progress
         # Between the hosts: a value of the device would have to be waited for in every step.
         if self._hosts is None:
-            self._hosts = dist.new_group(backend="gloo")
+            self._hosts = cast("dist.ProcessGroup", dist.new_group(backend="gloo"))
         shared = torch.tensor([progress], dtype=torch.float64)
         dist.broadcast(shared, src=0, group=self._hosts)
         return float(shared)

@@ -88,7 +88,8 @@ class Workshop:
 
     def __init__(self, base: Path, work: Path, task: Task, scale: Scale) -> None:
         self.base, self.work, self.task, self.scale = base, work, task, scale
-        self.log: dict[str, Any] = {}
+        path = work / "log.json"
+        self.log: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
 
     def fine_tuned(self) -> DiffusionLM:
         """The causal LM on the task's written answers."""
@@ -118,7 +119,12 @@ class Workshop:
 
         def train() -> DiffusionLM:
             config = StudentConfig(
-                block_size=16, learning_rate=1e-4, ema=0.99, **self._common("dparallel", self.scale.batch // 2)
+                block_size=16,
+                learning_rate=1e-4,
+                ema=0.99,
+                mask_ratio_top=1.0,
+                text_segments=True,
+                **self._common("dparallel", self.scale.batch // 2),
             )
             network = self.teacher().float()
             return self._train("dparallel", CertaintyForcingTrainer, network, self._own("teacher"), config)
@@ -137,7 +143,7 @@ class Workshop:
                 ema=0.99,
                 noise_top=1.0,
                 certainty=0.0 if source == "teacher" else 1.0,
-                **self._common("d2f", self.scale.batch),
+                **self._common(name, self.scale.batch),
             )
             network = families.load(self.work / source, dtype=torch.float32, device=self.scale.device)
             return self._train(name, DiscreteForcingTrainer, network, self._own("teacher"), config)
@@ -186,7 +192,12 @@ class Workshop:
             **{key: sum(r[key] for r in recent) / len(recent) for key in recent[0]},
         }
         print(f"[{name}] {json.dumps({k: round(v, 4) for k, v in self.log[name].items()})}", flush=True)
+        self._keep_log()
         return trainer.published()
+
+    def _keep_log(self) -> None:
+        """A later call goes on with these networks, and publishes how they were made."""
+        (self.work / "log.json").write_text(json.dumps(self.log, indent=1) + "\n")
 
     def _written(self) -> list[TokenSequence]:
         path = self.work / "written.safetensors"
@@ -202,8 +213,9 @@ class Workshop:
             rows = list(itertools.islice(word_problem_rows("train", seed=1), self.scale.trajectories))
             network = families.load(self.work / source, dtype=self.scale.dtype, device=self.scale.device)
             start = time.monotonic()
-            settings = {"name": "threshold", "threshold": 0.9, "block_size": 16, "cache": "dual"}
-            done = decode(network, settings, self.task.prompts([row["prompt"] for row in rows]), self.scale)
+            settings = {"name": "threshold", "threshold": 0.95, "block_size": 16, "cache": "dual"}
+            prompts = self.task.prompts([row["prompt"] for row in rows])
+            done = decode(network, settings, prompts, self.scale, max_rows=512)
             right = [
                 (row, c)
                 for row, c in zip(rows, done, strict=True)
@@ -216,6 +228,7 @@ class Workshop:
                 "nfe": sum(c.num_forwards for c in done) / len(done),
             }  # fmt: skip
             print(f"[trajectories] {self.log['trajectories']}", flush=True)
+            self._keep_log()
             save_texts(kept, path)
         return load_texts(path)
 

@@ -3,7 +3,7 @@
     python -m benchmarks.diffusion_quality --work /tmp/quality --out benchmarks/results/diffusion_quality.json
 
 From SmolLM2-135M-Instruct it makes the networks of `diffusion_models.py` (word problems of several steps, templates
-held out), then decodes 512 test problems with every decoder and setting in one run. `--work` keeps networks, so an
+held out), then decodes 1,024 test problems with every decoder and setting in one run. `--work` keeps networks, so an
 interrupted run goes on. `--tiny` proves the script on a CPU: its figures mean nothing. `--ar-vllm` adds the fine-tuned
 causal LM in vLLM, `--gsm8k` a GSM8K test file.
 """
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.diffusion_claims import claims
 from benchmarks.diffusion_models import Scale, Task, Workshop, decode, engine_config, requests_of
 from unmask.decoding.engine import DiffusionEngine
 from unmask.decoding.registry import build_decoder
@@ -38,7 +39,7 @@ from unmask.word_problems import word_problem_rows
 
 TINY = Scale(
     rows=64, trajectories=8, response_length=128, batch=4, device="cpu", keep_wrong=True,
-    seconds={"fine_tuned": 1, "teacher": 1, "dparallel": 1, "d2f": 1},
+    seconds={"fine_tuned": 1, "teacher": 1, "dparallel": 1, "d2f": 1, "dparallel_d2f": 1},
 )  # fmt: skip
 TINY_SHAPE = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -65,33 +66,47 @@ def settings() -> list[Setting]:
     """Every decoder on the networks it is for; the first is the quality ceiling."""
     block = {"block_size": 16}
     table = [Setting("teacher", "one_token", block, timed=True)]
-    for threshold in (0.9, 0.97, 0.99, 0.7):
+    for threshold in (0.9, 0.95, 0.98, 0.99, 0.995):
         table.append(Setting("teacher", "threshold", {**block, "threshold": threshold}, timed=threshold == 0.9))
-    dual = {**block, "threshold": 0.9, "cache": "dual"}
-    table.append(Setting("teacher", "threshold", dual, timed=True))
-    for threshold in (0.5, 0.2, 0.1, 0.05, 0.02):
-        table.append(Setting("dparallel", "dparallel", {**block, "threshold": threshold}, timed=threshold == 0.1))
-    table.append(Setting("dparallel", "dparallel", {**block, "threshold": 0.1, "cache": "dual"}, timed=True))
-    for confidence in (0.9, 0.95, 0.98, 0.7):
+    for threshold in (0.9, 0.97):
+        table.append(Setting("teacher", "threshold", {**block, "threshold": threshold, "cache": "dual"}, timed=True))
+    # The student's own ceiling, and its training apart from its criterion.
+    table.append(Setting("dparallel", "one_token", block))
+    table.append(Setting("dparallel", "threshold", {**block, "threshold": 0.9}))
+    for threshold in (0.3, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002):
+        table.append(Setting("dparallel", "dparallel", {**block, "threshold": threshold}, timed=threshold == 0.02))
+    table.append(Setting("dparallel", "dparallel", {**block, "threshold": 0.02, "cache": "dual"}, timed=True))
+    for confidence in (0.9, 0.95, 0.98, 0.99):
         table.append(Setting("d2f", "d2f", {**block, "tau_conf": confidence}, timed=confidence == 0.9))
-    for threshold in (0.5, 0.2, 0.1, 0.05):
+    for threshold in (0.3, 0.1, 0.05, 0.02, 0.01):
         table.append(Setting("dparallel_d2f", "d2f", {**block, "tau_entropy": threshold}, timed=threshold == 0.1))
+    for confidence in (0.9, 0.95, 0.98):
+        table.append(Setting("dparallel_d2f", "d2f", {**block, "tau_conf": confidence}))
     for weight, window, ahead in (
-        (0.3, None, 128), (0.5, None, 128), (0.7, None, 128), (0.9, None, 128), (0.5, 32, 128), (0.5, None, 32),
+        (0.1, None, 128), (0.3, None, 128), (0.5, None, 128), (0.7, None, 128), (0.5, 16, 128), (0.5, 32, 128),
+        (0.5, None, 16), (0.5, None, 32), (0.5, None, 64),
     ):  # fmt: skip
         knobs = {"mixture_weight": weight, "kv_window": window, "max_lookahead": ahead}
+        table.append(Setting("teacher", "apd", knobs))
+    for weight in (0.3, 0.5):
+        knobs = {"mixture_weight": weight, "kv_window": None, "max_lookahead": 128}
         table.append(Setting("dparallel", "apd", knobs))
-    table.append(Setting("teacher", "apd", {"mixture_weight": 0.5, "kv_window": None, "max_lookahead": 128}))
     return table
 
 
 class Table:
-    """Rows as they come, written to disk after each."""
+    """Rows as they come, written to disk after each; those that are there are not measured again."""
 
     def __init__(self, out: Path, gpu: str, workshop: Workshop) -> None:
         self.out, self.gpu, self.workshop = out, gpu, workshop
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = json.loads(out.read_text()) if out.is_file() else []
         self.heats: dict[str, list[list[float]]] = {}
+
+    def has(self, setting: Setting, task: str, batch: int) -> bool:
+        """Whether a row is there."""
+        wanted = setting.checkpoint, setting.decoder, setting.knobs, task, batch
+        names = ("checkpoint", "decoder", "settings", "task", "batch")
+        return any(tuple(row[name] for name in names) == wanted for row in self.rows)
 
     def add(self, setting: Setting, task: str, batch: int, speed: float, figures: dict[str, Any]) -> None:
         """One row of the published file."""
@@ -110,19 +125,22 @@ class Table:
         self.out.write_text(json.dumps(self.rows, indent=1) + "\n")
         curves = self.curves()
         best = max((y for points in curves.values() for _, y in points), default=None)
-        aup = {name: accuracy_under_parallelism(points, best) for name, points in curves.items()}
-        self.out.with_suffix(".run.json").write_text(
-            json.dumps({"training": self.workshop.log, "aup": aup, "commit_order": self.heats}) + "\n"
-        )
+        # All systems begin where the teacher does at one token a forward, so that all are cut at the same accuracy.
+        anchor = curves.get("teacher, one_token", [])
+        aup = {name: accuracy_under_parallelism([*{*anchor, *points}], best) for name, points in curves.items()}
+        notes = {"training": self.workshop.log, "aup": aup, "claims": claims(self.rows), "commit_order": self.heats}
+        self.out.with_suffix(".run.json").write_text(json.dumps(notes) + "\n")
 
     def curves(self) -> dict[str, list[tuple[float, float]]]:
-        """(TPF, accuracy) of every setting of a system on the test split."""
+        """(TPF, accuracy) of every setting of a system on the test split; a step of APD costs two forwards, as its
+        verifier is as large as its drafter."""
         curves: dict[str, list[tuple[float, float]]] = {}
         for row in self.rows:
             if row["task"] == "word_problems":
                 cache = row["settings"].get("cache")
                 name = f"{row['checkpoint']}, {row['decoder']}{f' {cache} cache' if cache else ''}"
-                curves.setdefault(name, []).append((row["tpf"], row["accuracy"]))
+                forwards = 2 if row["decoder"] == "apd" else 1
+                curves.setdefault(name, []).append((row["tpf"] / forwards, row["accuracy"]))
         return curves
 
     def plot(self) -> None:
@@ -136,6 +154,8 @@ def evaluate(table: Table, task: Task, networks: Callable[[str], DiffusionLM], s
     rows = list(itertools.islice(word_problem_rows("test"), count))
     prompts = task.prompts([row["prompt"] for row in rows])
     for setting in settings():
+        if table.has(setting, "word_problems", min(256, count)):
+            continue
         network = networks(setting.checkpoint)
         verifier = networks("fine_tuned") if setting.decoder == "apd" else None
         start = time.monotonic()
@@ -153,6 +173,8 @@ def measure_speed(table: Table, task: Task, networks: Callable[[str], DiffusionL
     rows = list(itertools.islice(word_problem_rows("test"), 96 if scale.device == "cuda" else 2))
     prompts = task.prompts([row["prompt"] for row in rows])
     for batch, setting in itertools.product((1, 32), [s for s in settings() if s.timed]):
+        if table.has(setting, "word_problems_speed", batch):
+            continue
         requests = requests_of(prompts[: 8 if batch == 1 else len(prompts)], scale)
         decoder = build_decoder(setting.settings, networks(setting.checkpoint))
         engine = DiffusionEngine(decoder.cached_models, engine_config(requests, batch, scale.device == "cuda"))
@@ -180,6 +202,8 @@ def evaluate_gsm8k(table: Table, task: Task, networks: Callable[[str], Diffusion
 
     first = {(s.checkpoint, s.decoder): s for s in reversed(settings()) if s.decoder != "apd"}
     for setting in first.values():
+        if table.has(setting, "gsm8k_test", min(128, len(rows))):
+            continue
         start = time.monotonic()
         done = decode(networks(setting.checkpoint), setting.settings, prompts, scale, max_rows=128)
         figures = asdict(summarise(done, is_right))
@@ -192,7 +216,8 @@ def measure_ar(table: Table, task: Task, path: Path, count: int) -> None:
 
     rows = list(itertools.islice(word_problem_rows("test"), count))
     prompts = [{"prompt_token_ids": ids} for ids in task.prompts([row["prompt"] for row in rows])]
-    llm = LLM(str(path), max_model_len=512, gpu_memory_utilization=0.3)
+    llm = LLM(str(path), max_model_len=512, gpu_memory_utilization=0.3, enable_prefix_caching=False)
+    eos = llm.get_tokenizer().eos_token_id
     for batch, chosen in ((1, [[p] for p in prompts[:16]]), (count, [prompts])):
         llm.generate(chosen[0], SamplingParams(temperature=0, max_tokens=128))
         start = time.monotonic()
@@ -203,7 +228,7 @@ def measure_ar(table: Table, task: Task, path: Path, count: int) -> None:
             Completion(
                 request_id=str(i), response_ids=tokens, finish_reason="stop", num_forwards=len(tokens),
                 forwards_at_eos=len(tokens), commit_step=list(range(1, len(tokens) + 1)),
-                num_text_tokens=len(tokens) - 1,
+                num_text_tokens=len(tokens) - int(tokens[-1:] == [eos]),
             )
             for i, tokens in enumerate(ids)
         ]  # fmt: skip
@@ -255,8 +280,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gsm8k", type=Path, help="GSM8K test set (.jsonl.gz)")
     parser.add_argument("--ar-vllm", action="store_true", help="measure the fine-tuned causal LM in vLLM as well")
     parser.add_argument("--train-only", action="store_true", help="make the networks and stop")
-    parser.add_argument("--seconds", type=int, nargs=4, default=(60, 240, 90, 90), metavar="S",
-                        help="training budgets: fine_tuned teacher dparallel d2f")  # fmt: skip
+    parser.add_argument("--only-ar", action="store_true", help="measure nothing but that, in a process of its own")
+    parser.add_argument("--seconds", type=int, nargs=5, default=(60, 240, 90, 90, 110), metavar="S",
+                        help="training budgets: fine_tuned teacher dparallel d2f dparallel_d2f")  # fmt: skip
     return parser.parse_args()
 
 
@@ -266,9 +292,9 @@ def main() -> None:
 
     options = arguments()
     torch.set_float32_matmul_precision("high")
-    names = ("fine_tuned", "teacher", "dparallel", "d2f")
+    names = ("fine_tuned", "teacher", "dparallel", "d2f", "dparallel_d2f")
     scale = TINY if options.tiny else Scale(
-        rows=60_000, trajectories=6144, response_length=128, batch=128, device="cuda",
+        rows=120_000, trajectories=24_000, response_length=128, batch=128, device="cuda",
         seconds=dict(zip(names, options.seconds, strict=True)),
     )  # fmt: skip
     options.work.mkdir(parents=True, exist_ok=True)
@@ -291,7 +317,10 @@ def measurements(
     table: Table, task: Task, networks: Callable[[str], DiffusionLM], scale: Scale, options: argparse.Namespace
 ) -> Iterator[Callable[[], None]]:
     """What the command line asks for, in order."""
-    count = 2 if options.tiny else 512
+    count = 2 if options.tiny else 1024
+    if options.only_ar:
+        yield lambda: measure_ar(table, task, options.work / "fine_tuned", count)
+        return
     for name in ("fine_tuned", "teacher", "dparallel", "d2f", "dparallel_d2f"):
         yield lambda name=name: networks(name)
     if options.train_only:

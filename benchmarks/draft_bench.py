@@ -96,7 +96,7 @@ class Benchmark:
     @property
     def sets(self) -> dict[str, list[Response]]:
         """Its responses to held-out prompts, by set and temperature."""
-        return {name: self.store.responses(name) for name in self.store.names if name != "train"}
+        return {name: self.store.responses(name) for name in self.store.names if name not in ("train", "fresh@1")}
 
     def generate(self) -> dict[str, Any]:
         """Evaluation sets first, then the training responses; they go into the store."""
@@ -121,6 +121,8 @@ class Benchmark:
             for response in sampler.generate(batch, temperature)
         ]
         tokens, seconds = sum(len(r.tokens) for r in found["train"]), time.monotonic() - start
+        # What a second stage sees is drawn anew, as service would.
+        found["fresh@1"] = [response for batch in batches for response in sampler.generate(batch, 1.0)]
         self.log(f"{len(found['train'])} responses, {tokens} tokens in {seconds:.1f} s")
         self.store.keep_responses(found)
         return {"responses": len(found["train"]), "tokens": tokens, "seconds": seconds}
@@ -130,6 +132,10 @@ class Benchmark:
         if self._features is None:
             self._features = self.features_of([TokenSequence(r.prompt + r.tokens, len(r.prompt)) for r in self.train])
         return self._features
+
+    def forget_features(self) -> None:
+        """Make room for the features of other texts."""
+        self._features = None
 
     def features_of(self, texts: Sequence[TokenSequence]) -> FeatureCache:
         """The same for other texts."""
@@ -150,7 +156,8 @@ class Benchmark:
         return new_draft(self.sizes, self.target.model, init, seed).to(self.scale.device)
 
     def trainer(self, config: DistillConfig, features: FeatureCache, draft: DFlashDraft) -> DraftTrainer:
-        """A trainer of a draft."""
+        """A trainer of a draft; its seed decides the order of the texts too."""
+        features.sequences.reorder(config.seed)
         head = TrainingHead(self.target.lm_head, [], config.head_negatives)
         return DraftTrainer(draft.train().requires_grad_(True), features, head, config)
 
@@ -166,6 +173,8 @@ class Benchmark:
             Deadline: the call's time is used up.
         """
         meta = (resume_state(state, trainer) if state else None) or {"seconds": 0.0}
+        if (finished := meta.get("finished")) is not None:
+            return finished
         used, last = meta["seconds"], time.monotonic()
         start, saved, first, warm = last, last, trainer.steps_done, last
         progress, metrics = self._progress(trainer, used, seconds, steps), {"loss": float("nan")}
@@ -188,9 +197,12 @@ class Benchmark:
         done = trainer.steps_done - first
         taken = (time.monotonic() - warm) / (done - 10) if done > 10 else (time.monotonic() - start) / max(done, 1)
         self.log(f"{trainer.steps_done} steps, {1000 * taken:.1f} ms a step, loss {float(metrics['loss']):.3f}")
-        return {
+        figures = {
             "steps": trainer.steps_done, "step_seconds": taken, "seconds": used, "loss": float(metrics["loss"])
         }  # fmt: skip
+        if state:
+            save_state(state, trainer, {"seconds": used, "finished": figures}, keep=1)
+        return figures
 
     def _progress(self, trainer: Any, used: float, seconds: float | None, steps: int | None) -> float:
         return trainer.steps_done / steps if steps else used / (seconds or 1.0)
@@ -229,12 +241,13 @@ class Benchmark:
             pooled = [a for one in of_set for a in one]
             rows.append({
                 **shared, "temperature": float(temperature), "eval_set": label, "prompts": len(of_set),
-                "acceptance_length": acceptance_length(pooled), "interval95": bootstrap_interval(of_set, draws=300),
+                "acceptance_length": acceptance_length(pooled) if pooled else None,
+                "interval95": bootstrap_interval(of_set, draws=300),
                 "acceptance_by_position": acceptance_by_position(pooled, self.k),
             })  # fmt: skip
         self.log(f"{shared['trainer']} {shared['recipe']} seed {shared['seed']} {name}: "
-                 f"{rows[0]['acceptance_length']:.3f} {[round(x, 2) for x in rows[0]['interval95']]} "
-                 f"({rows[1]['acceptance_length']:.3f} without repetitive)")  # fmt: skip
+                 f"{rows[0]['acceptance_length']} {[round(x, 2) for x in rows[0]['interval95']]} "
+                 f"({rows[1]['acceptance_length']} without repetitive)")  # fmt: skip
         return rows
 
     def flops(self, config: DistillConfig) -> float:

@@ -1,12 +1,14 @@
 """DFlash of `speculators` 0.9 on the trajectories and features of ours, for a comparison on one GPU.
 
 Its network, attention mask, anchors and loss are imported and run as they are; the data loader and the trainer around
-them are replaced, because theirs read features from files. The training recipe is its default for DFlash: AdamW,
-D-PACE weights, cross-entropy with the target's argmax, fused kernels, random initialisation.
+them are replaced, because theirs read features from files. The training recipe is its default for DFlash: Muon for
+matrices and AdamW for the rest, linear decay, D-PACE weights, cross-entropy with the target's argmax, fused kernels,
+random initialisation.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ class SpeculatorsTrainer:
         from speculators.losses import resolve_loss_config
         from speculators.models.dflash import DFlashDraftModel, DFlashSpeculatorConfig
         from speculators.proposals.greedy import GreedyTokenProposalConfig
+        from speculators.train.optimizers import build_optimizers
 
         self.features, self.config, self.sizes = features, config, sizes
         self.sequences, self.target = features.sequences, features.target
@@ -71,16 +74,15 @@ class SpeculatorsTrainer:
         self.model.verifier_norm = nn.Identity()
         self.model.to(self.target.device)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
+        self.optimizers = build_optimizers(self.model, _muon(config.learning_rate))
         self.loss = resolve_loss_config("ce", "fused" if cuda else "eager")
         self.steps_done = 0
 
     def step(self, progress: float) -> dict[str, Tensor]:
         """One optimiser step; `loss` stays on the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, progress)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.config, progress)
         batch = self.sequences.batch(self.sequences.rows(self.steps_done))
         documents = torch.full_like(batch.ids_BT, -1)
         start = 0
@@ -103,10 +105,12 @@ class SpeculatorsTrainer:
                 max_anchors=self.config.anchors_per_step,
                 per_position_loss_weight="dpace",
             )
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.trained, self.config.grad_clip)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.steps_done += 1
         return {"loss": loss.detach()}
 
@@ -116,6 +120,14 @@ class SpeculatorsTrainer:
         names = draft.state_dict()
         draft.load_state_dict({n: t for n, t in self.model.state_dict().items() if n in names})
         return draft.eval().requires_grad_(False)
+
+
+def _muon(rate: float) -> SimpleNamespace:
+    """Their optimiser's defaults."""
+    return SimpleNamespace(
+        optimizer="muon", lr=rate, weight_decay=0.01, muon_lr=rate, muon_momentum=0.95, muon_weight_decay=0.1,
+        muon_ns_steps=5, muon_adjust_lr_fn="match_rms_adamw",
+    )  # fmt: skip
 
 
 def unavailable() -> str | None:

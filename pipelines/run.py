@@ -68,13 +68,12 @@ class Line:
         self.upstream = inputs
         record = self.run_dir / "stages" / f"{name}.json"
         before = json.loads(record.read_text()) if record.is_file() else None
-        unchanged = before is not None and before["inputs"] == inputs
-        if unchanged and before["report"] is not None:
+        if before is not None and before["inputs"] != inputs:
+            self._clear(name)
+        elif before is not None and before["report"] is not None:
             logger.info("%s: complete and unchanged, skipped", name)
             return before["report"]
         logger.info("%s: started", name)
-        if before is not None and not unchanged:
-            self._clear(name)
         record.parent.mkdir(parents=True, exist_ok=True)
         # Said before anything is made: what a killed stage leaves belongs to these inputs, and is gone on with.
         write_json(record, {"inputs": inputs, "report": None})

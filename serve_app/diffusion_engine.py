@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -206,5 +207,5 @@ def _answer(future: Future[None], error: Exception | None) -> None:
 
 def _post(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:
     """Hand an event over; a loop that has closed has nobody left to be told."""
-    if not loop.is_closed():
+    with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(events.put_nowait, event)

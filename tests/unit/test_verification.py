@@ -294,3 +294,10 @@ def test_the_filter_lets_through_what_it_says(machine: str, arch: int, read: int
     assert len(passed) < 75
     # The x32 calls of x86-64 carry a bit of their own.
     assert _run_filter(program, arch, read | 0x40000000) == refuse
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("1,234 in all", 1234), ("12,345,678", 12345678), ("1,2,3", 3), ("it is 1,23", 23)]
+)
+def test_commas_are_of_thousands_only(text: str, number: int) -> None:
+    assert final_number(text) == number

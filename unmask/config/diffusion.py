@@ -89,6 +89,10 @@ class StudentConfig(TrainingConfig):
     """dparallel: T of the certainty term."""
     mask_ratio: float = 0.5
     """dparallel: share of the active segment that the first view hides."""
+    mask_ratio_top: float | None = None
+    """dparallel: draw that share for each row between `mask_ratio` and this; None is the one share, as published."""
+    text_segments: bool = False
+    """dparallel: let only segments that hold text be active; False is all of the response, as published."""
     noise_low: float = 0.2
     """d2f: the first block's noise is uniform in [noise_low, noise_high]."""
     noise_high: float = 0.7
@@ -108,6 +112,8 @@ class StudentConfig(TrainingConfig):
         self.check(self.certainty >= 0, "certainty", "must not be negative")
         self.check(self.entropy_temperature > 0, "entropy_temperature", "must be positive")
         self.check(0 < self.mask_ratio < 1, "mask_ratio", "must be in (0, 1)")
+        top = self.mask_ratio_top
+        self.check(top is None or self.mask_ratio <= top <= 1, "mask_ratio_top", "must be in [mask_ratio, 1]")
         self.check(
             0 < self.noise_low <= self.noise_high <= self.noise_top <= 1,
             "noise_low",

@@ -108,7 +108,7 @@ class Completion:
     commit_step: list[int]
     """The forward (from 1) that committed each response token."""
     num_text_tokens: int
-    """Response tokens without the stop id."""
+    """Response tokens before the first stop id."""
 
     @property
     def tokens_per_forward(self) -> float:
@@ -122,6 +122,8 @@ class Completion:
         if state.saw_stop:
             response = until_stop(response, state.stop_ids)
         end = len(response)
+        # A row that decodes beyond its end for the sake of a fixed length still says nothing more after it.
+        text = until_stop(response, state.stop_ids)
         return cls(
             request_id=state.request_id,
             response_ids=response.tolist(),
@@ -129,7 +131,7 @@ class Completion:
             num_forwards=state.num_forwards,
             forwards_at_eos=state.forwards_at_eos,
             commit_step=state.commit_step[:end].tolist(),
-            num_text_tokens=end - int(state.saw_stop),
+            num_text_tokens=len(text) - int(len(text) > 0 and text[-1] in state.stop_ids),
         )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from statistics import fmean
+
+import numpy as np
 
 
 def acceptance_length(accepted: Sequence[int]) -> float:
@@ -19,11 +20,11 @@ def acceptance_by_position(accepted: Sequence[int], num_positions: int) -> list[
 
 def bootstrap_interval(accepted_by_prompt: Sequence[Sequence[int]], draws: int = 1000, seed: int = 0) -> list[float]:
     """95 % interval of the pooled acceptance length, resampling prompts."""
-    rng = random.Random(seed)
-    prompts = [list(a) for a in accepted_by_prompt if a]
+    prompts = [a for a in accepted_by_prompt if a]
     if not prompts:
         return [1.0, 1.0]
-    values = sorted(
-        acceptance_length([a for prompt in rng.choices(prompts, k=len(prompts)) for a in prompt]) for _ in range(draws)
-    )
-    return [values[int(0.025 * draws)], values[int(0.975 * draws) - 1]]
+    accepted = np.array([sum(prompt) for prompt in prompts])
+    verifications = np.array([len(prompt) for prompt in prompts])
+    chosen = np.random.default_rng(seed).integers(len(prompts), size=(draws, len(prompts)))
+    values = np.sort(1 + accepted[chosen].sum(1) / verifications[chosen].sum(1))
+    return [float(values[int(0.025 * draws)]), float(values[int(0.975 * draws) - 1])]

@@ -85,6 +85,8 @@ def semi_autoregressive_views(
     mask_id: int,
     generator: torch.Generator,
     ratio: float = 0.5,
+    ratio_top: float | None = None,
+    text_lens_B: torch.Tensor | None = None,
     epsilon: float = 1e-3,
 ) -> tuple[View, View]:
     """dParallel's process (arXiv 2509.26488, section 4.1): what a semi-autoregressive decoder sees inside a block.
@@ -97,6 +99,10 @@ def semi_autoregressive_views(
     Args:
         block_size: None makes the whole response active, as for Dream: an AR-initialised model slides back to
             left-to-right decoding otherwise.
+        ratio_top: draw each row's ratio from U[ratio, ratio_top]: near 1 a view shows a segment of which nothing is
+            known yet, as every block is when its decoding begins. None is the published single ratio.
+        text_lens_B: draw among the segments that hold text alone, prompt + response with its EOS being this long;
+            decoding ends before the others. None draws among all, as published.
     """
     device = ids_BT.device
     column_T = torch.arange(ids_BT.shape[1], device=device)
@@ -104,12 +110,18 @@ def semi_autoregressive_views(
     start_B, stop_B = prompt_lens_B, lengths_B
     if block_size is not None:
         num_whole_B = torch.div(lengths_B - prompt_lens_B, block_size, rounding_mode="floor")
-        chosen_B = (draw_B * (num_whole_B + 1)).long().clamp(max=num_whole_B)
+        last_B = num_whole_B
+        if text_lens_B is not None:
+            last_B = torch.div((text_lens_B - prompt_lens_B - 1).clamp(min=0), block_size, rounding_mode="floor")
+        chosen_B = (draw_B * (last_B + 1)).long().clamp(max=last_B)
         start_B = prompt_lens_B + chosen_B * block_size
         stop_B = torch.where(chosen_B == num_whole_B, lengths_B, start_B + block_size)
     active_BT = (column_T >= start_B[:, None]) & (column_T < stop_B[:, None])
     future_BT = (column_T >= stop_B[:, None]) & (column_T < lengths_B[:, None])
-    chance = (1 - epsilon) * ratio + epsilon
+    share_B1 = torch.full((len(ids_BT), 1), ratio, device=device)
+    if ratio_top is not None:
+        share_B1 += (ratio_top - ratio) * torch.rand(len(ids_BT), 1, generator=generator, device=device)
+    chance = (1 - epsilon) * share_B1 + epsilon
     chosen_BT = torch.rand(ids_BT.shape, generator=generator, device=device) < chance
     first_BT, second_BT = active_BT & chosen_BT, active_BT & ~chosen_BT
     return (

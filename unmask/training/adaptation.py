@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unmask.config import AdaptConfig
 from unmask.denoiser import MaskSpec
-from unmask.masking.attention import Causal, Full
+from unmask.masking.attention import Causal, Dense, Full
 from unmask.masking.block_causal import BlockCausal
 from unmask.masking.double_stream import DoubleStream
 from unmask.masking.schedules import Noisy, uniform_noise
@@ -73,7 +73,10 @@ class AdaptationTrainer(DiffusionTrainer[AdaptConfig]):
         probability = annealing_probability(self.steps_done, self.config.annealing_steps)
         mask: MaskSpec = Full(batch.lengths_B)
         if probability < 1:
-            mask = annealed_mask((len(batch.ids_BT), self.num_columns), probability, generator, self.device)
+            annealed = annealed_mask((len(batch.ids_BT), self.num_columns), probability, generator, self.device)
+            # Columns after a row do not exist for it, in whatever direction they lie.
+            lives_BT = batch.positions_BT < batch.lengths_B[:, None]
+            mask = Dense(annealed.allow_BTS & lives_BT[:, None, :])
         return self.module(noisy.ids_BT, batch.positions_BT, mask=mask, logits_at=noisy.masked_BT)
 
     def _two_streams(self, batch: DiffusionBatch, noisy: Noisy, generator: torch.Generator) -> Tensor:

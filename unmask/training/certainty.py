@@ -26,6 +26,8 @@ class CertaintyForcingTrainer(DiffusionTrainer[StudentConfig]):
             mask_id=self.mask_id,
             generator=generator,
             ratio=self.config.mask_ratio,
+            ratio_top=self.config.mask_ratio_top,
+            text_lens_B=batch.text_lens_B if self.config.text_segments else None,
         )
         # One forward of both views: a data-parallel wrapper expects one a step.
         logits_NV = self.module(

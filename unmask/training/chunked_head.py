@@ -62,6 +62,13 @@ def _compiled_gradients() -> Callable[..., tuple[Rows, list[Tensor]]]:
     return torch.compile(row_gradients, dynamic=False)
 
 
+def _chunk_rows(num_rows: int, vocab_size: int, chunk_elements: int) -> int:
+    """Rows of a chunk: chunks of one size where that can be had, since each size is compiled on its own."""
+    least = max(1, -(-num_rows * vocab_size // chunk_elements))
+    even = next((count for count in range(least, 2 * least) if num_rows % count == 0), least)
+    return max(1, -(-num_rows // even))
+
+
 class _ChunkedRows(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -74,8 +81,7 @@ class _ChunkedRows(torch.autograd.Function):
         kernel: Callable[..., tuple[Rows, list[Tensor]]],
         chunk_elements: int,
     ) -> tuple[Tensor, ...]:
-        num_chunks = -(-hidden_NH.shape[0] * head_VH.shape[0] // chunk_elements)
-        size = max(1, -(-hidden_NH.shape[0] // max(num_chunks, 1)))
+        size = _chunk_rows(hidden_NH.shape[0], head_VH.shape[0], chunk_elements)
         rows: list[Rows] = []
         kept: list[list[Tensor]] = []
         for start in range(0, len(hidden_NH), size):

@@ -17,7 +17,7 @@ from unmask.models.transformer import DiffusionLM
 from unmask.objectives.certainty_forcing import certainty_entropy
 from unmask.objectives.discrete_forcing import discrete_forcing_loss
 from unmask.training.diffusion_batch import DiffusionBatch
-from unmask.training.diffusion_trainer import DiffusionTrainer
+from unmask.training.diffusion_trainer import DiffusionTrainer, compile_layers
 from unmask.training.lora import adapters_disabled
 from unmask.training.sequences import SequenceSet
 
@@ -34,6 +34,8 @@ class DiscreteForcingTrainer(DiffusionTrainer[StudentConfig]):
             self.teacher.to(torch.bfloat16)
         network.config = dataclasses.replace(network.config, attention="block_causal", block_size=config.block_size)
         super().__init__(network, sequences, config, **options)
+        if self.teacher is not None and config.compile:
+            compile_layers(self.teacher)
 
     def loss(self, batch: DiffusionBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """See DiffusionTrainer."""

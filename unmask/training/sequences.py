@@ -98,8 +98,16 @@ class SequenceSet:
             owned = usable[number::batch_size]
             self._owned[number] = range(len(self.sequences), len(self.sequences) + len(owned))
             self.sequences += owned
+        self._ids = [torch.tensor(sequence.ids) for sequence in self.sequences]
         self._orders: dict[int, tuple[int, tuple[int, ...]]] = {}
         self._packed: dict[int, list[tuple[int, ...]]] = {number: [] for number in self.row_numbers}
+        self._packed_epochs = dict.fromkeys(self.row_numbers, 0)
+
+    def reorder(self, seed: int) -> None:
+        """Begin again in the order of another seed."""
+        self.seed = seed
+        self._orders.clear()
+        self._packed = {number: [] for number in self.row_numbers}
         self._packed_epochs = dict.fromkeys(self.row_numbers, 0)
 
     def __len__(self) -> int:
@@ -163,9 +171,10 @@ class SequenceSet:
             for index in row:
                 sequence = self.sequences[index]
                 end = start + len(sequence.ids)
-                ids[number, start:end] = torch.tensor(sequence.ids)
+                ids[number, start:end] = self._ids[index]
                 response[number, start + sequence.prompt_length : end] = True
-                first[number, [start + anchor for anchor in sequence.anchors]] = True
+                if sequence.anchors:
+                    first[number, [start + anchor for anchor in sequence.anchors]] = True
                 starts[number, start:] = start
                 places.append((number, start))
                 start = end

@@ -11,7 +11,8 @@ from unmask.errors import PromptError
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 _MARKED = re.compile(r"####(.*)")
 # Bounded, since integers of thousands of digits are refused by Python; no sign in `5-3`, no number in `v2`.
-_NUMBER = re.compile(r"(?<![\w.])-?\$?(?:[0-9][0-9,]{0,30}(?:\.[0-9]{1,30})?|\.[0-9]{1,30})(?:/[1-9][0-9]{0,30})?")
+_WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,10}(?![0-9])|[0-9]{1,31})"
+_NUMBER = re.compile(rf"(?<![\w.])-?\$?(?:{_WHOLE}(?:\.[0-9]{{1,30}})?|\.[0-9]{{1,30}})(?:/[1-9][0-9]{{0,30}})?")
 
 
 class NumberVerifier:
