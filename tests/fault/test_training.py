@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.fault.record import conclude, equal
+from tests.fault.record import at_most, conclude, equal
 from tests.fault.scenario import MARK, wait_until
 from unmask.manifest import Manifest
 from unmask.training.training_log import read_log
@@ -156,6 +156,10 @@ def test_losses_are_those_of_the_undisturbed_run(
     resumed_at = next((i for i in range(1, len(log)) if log[i]["step"] != log[i - 1]["step"] + 1), None)
     again = 0 if resumed_at is None else log[resumed_at - 1]["step"] - log[resumed_at]["step"] + 1
     a_step = (log[-1]["seconds"] - log[0]["seconds"]) / STEPS
+    if strike is not stop:
+        # A stopped training saves its last step: nothing of it is taken again.
+        findings += [equal("it was gone on with, not begun again", resumed_at is not None, True)]
+        findings += [at_most("lost training time", again * a_step, 2 * CHECKPOINT_S)]
     findings += [
         equal("steps in the log", len({record["step"] for record in log}), STEPS),
         equal("losses that differ in any bit", sum(record["loss"] != losses[record["step"]] for record in log), 0),
