@@ -133,6 +133,53 @@ async def test_a_flooding_key_delays_another_by_one_turn():
     assert (admission.running, admission.waiting) == (0, 0)
 
 
+class Ticks:
+    """Time that the test moves on."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self._due: dict[int, list[asyncio.Future[None]]] = {}
+
+    async def wait(self, ticks: int) -> None:
+        future = asyncio.get_running_loop().create_future()
+        self._due.setdefault(self.now + ticks, []).append(future)
+        await future
+
+    async def run(self, until: asyncio.Future) -> None:
+        while not until.done():
+            self.now += 1
+            for future in self._due.pop(self.now, []):
+                future.set_result(None)
+            await settle()
+
+
+@pytest.mark.parametrize("flooding", [0, 100])
+async def test_a_hundred_requests_of_one_key_cost_another_little_time(flooding: int):
+    """O7: one key sends 100 times as much; the 95th percentile of the other grows by half at most."""
+    admission, ticks = Admission(slots=8, queue=1000), Ticks()
+    lasts, took = random.Random(0), []
+
+    async def flood() -> None:
+        while True:
+            async with admission.admit(1, "flood"):
+                await ticks.wait(lasts.randint(15, 25))
+
+    async def ask() -> None:
+        for _ in range(60):
+            begun = ticks.now
+            async with admission.admit(1, "other"):
+                await ticks.wait(20)
+            took.append(ticks.now - begun)
+
+    floods = [asyncio.create_task(flood()) for _ in range(flooding)]
+    await settle()
+    await ticks.run(asyncio.create_task(ask()))
+    for task in floods:
+        task.cancel()
+    await asyncio.gather(*floods, return_exceptions=True)
+    assert sorted(took)[int(0.95 * len(took))] <= 1.5 * 20
+
+
 async def test_a_full_queue_refuses_the_longest_line():
     admission, release, refused = Admission(slots=1, queue=4), asyncio.Event(), []
 
