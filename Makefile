@@ -34,6 +34,7 @@ test: lint unit
 
 test-all:
 	@$(MAKE) test CHOSEN="not gpu"
+	$(PY) -m tests.fault.report --check
 
 # Writes docs/reliability.md from what the fault tests last measured.
 reliability:
