@@ -19,11 +19,11 @@ from pathlib import Path
 
 import httpx
 
-from actors.cluster import SERVE_ENVIRONMENT
 from engines.target_engine import TargetEngine
 from tests.fault.load import percentile
 from tests.fault.record import Finding, at_most, conclude
 from tests.fault.tiny import VOCAB, save_tiny_target, tiny_recipe
+from tests.private_ray import start_private_ray
 from unmask.config import Recipe
 from unmask.types import SamplingOptions
 
@@ -31,8 +31,8 @@ MAX_TOKENS = 32
 PROMPT_LEN = 16
 WARM_UP = 20
 REASON = (
-    "Proxy, ingress, replica and engine are processes that share these cores, so that each token's way through them also "
-    "slows the engine that makes the next one."
+    "Proxy, ingress, replica and engine are processes that share these cores, so that each token's way through them "
+    "also slows the engine that makes the next one."
 )
 RESULTS = Path(__file__).parent / "results" / "service_overhead.json"
 
@@ -146,20 +146,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", **SERVE_ENVIRONMENT}
-    import ray
-
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the bare engine too
     from serve_app.handle import serve_pairing
 
-    variables = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    ray.init(
-        address="local",
-        num_cpus=8,
-        include_dashboard=False,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-        runtime_env={"env_vars": variables},
-    )
+    start_private_ray()
     with tempfile.TemporaryDirectory(prefix="u") as folder:
         recipe = served_recipe(Path(folder))
         handle = serve_pairing(recipe)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import tempfile
 import time
@@ -20,11 +19,11 @@ from pathlib import Path
 import httpx
 import psutil
 
-from actors.cluster import SERVE_ENVIRONMENT
 from tests.fault.load import Load, Reply, ask, percentile
 from tests.fault.record import Finding, at_most, conclude, equal
-from tests.fault.scenario import MARK, Stage, is_ours, wait_until
+from tests.fault.scenario import Stage, is_ours, wait_until
 from tests.fault.tiny import save_tiny_draft, save_tiny_target, tiny_recipe
+from tests.private_ray import start_private_ray
 
 LOAD = Load(stream=True, fields={"max_tokens": 32})
 SLOTS = 8
@@ -65,19 +64,7 @@ def serve(folder: Path) -> Stage:
     """The service under test."""
     from serve_app.handle import serve_pairing
 
-    os.environ |= {"RAY_AUTH_MODE": "disabled", MARK: str(os.getpid()), **SERVE_ENVIRONMENT}
-    import ray
-
-    root = str(Path(__file__).parents[1])
-    variables = {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", MARK: str(os.getpid())}
-    ray.init(
-        address="local",
-        num_cpus=8,
-        include_dashboard=False,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-        runtime_env={"env_vars": variables},
-    )
+    start_private_ray()
     target = save_tiny_target(folder / "target")
     draft = save_tiny_draft(target, folder / "draft")
     handle = serve_pairing(tiny_recipe(target, draft, target_replicas=1))

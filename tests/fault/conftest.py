@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from actors.cluster import SERVE_ENVIRONMENT
 from tests.fault.load import Load, undisturbed
-from tests.fault.scenario import MARK, Stage
-
-ROOT = Path(__file__).parents[2]
+from tests.fault.scenario import Stage
+from tests.private_ray import start_private_ray
 
 
 @pytest.fixture(scope="session")
@@ -31,21 +28,9 @@ def draft_dir(target_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    os.environ.update(SERVE_ENVIRONMENT)
-    # Other work on this machine may fill its memory; that shall not end replicas under test.
-    os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112 - Ray spells it so
-    os.environ[MARK] = str(os.getpid())
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=8,
-        include_dashboard=False,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", MARK: str(os.getpid())}},
-    )
+    start_private_ray()
     yield
     ray.shutdown()
 

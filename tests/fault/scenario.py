@@ -18,6 +18,7 @@ import psutil
 from serve_app.handle import ServeHandle
 from tests.fault.load import Load, Reply, Running, percentile, start
 from tests.fault.record import Finding, at_most, equal
+from tests.private_ray import MARK
 
 
 @dataclass(slots=True, kw_only=True)
@@ -224,10 +225,6 @@ def alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-MARK = "UNMASK_FAULT_TEST"
-"""An environment variable of every process that a test has started, so that no other is ever touched."""
 
 
 def is_ours(process: psutil.Process) -> bool:

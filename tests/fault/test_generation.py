@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from tests.fault.record import conclude, equal
-from tests.fault.scenario import MARK, wait_until
+from tests.fault.scenario import wait_until
+from tests.private_ray import MARK
 from unmask.manifest import shard_sizes
 from unmask.trajectories import read_quarantine, read_trajectories
 from unmask.types import Trajectory

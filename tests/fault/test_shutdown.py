@@ -18,7 +18,8 @@ import yaml
 
 from tests.fault.load import Load, percentile, start
 from tests.fault.record import at_most, conclude, equal
-from tests.fault.scenario import MARK, wait_until
+from tests.fault.scenario import wait_until
+from tests.private_ray import MARK
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from tests.fault.record import at_most, conclude, equal
-from tests.fault.scenario import MARK, wait_until
+from tests.fault.scenario import wait_until
+from tests.private_ray import MARK
 from unmask.manifest import Manifest
 from unmask.training.training_log import read_log
 from unmask.trajectories import write_shard

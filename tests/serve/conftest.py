@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +10,9 @@ import httpx
 import pytest
 import torch
 
-from actors.cluster import SERVE_ENVIRONMENT
+from tests.private_ray import start_private_ray
 from tests.trace_collector import Collector
 
-ROOT = Path(__file__).parents[2]
 K = 5
 
 
@@ -65,20 +63,9 @@ def _draft(path: Path, seed: int, **changes: str) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    os.environ.update(SERVE_ENVIRONMENT)
-    # Other work on this machine may fill its memory; that shall not end replicas under test.
-    os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112 - Ray spells it so
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=8,
-        include_dashboard=False,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
-    )
+    start_private_ray()
     yield
     ray.shutdown()
 
