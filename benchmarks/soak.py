@@ -49,7 +49,7 @@ def census() -> Census:
     resident = threads = files = sockets = 0
     for process in psutil.process_iter():
         try:
-            if not is_ours(process) or not process.cmdline()[0].startswith(("ray::Serve", "VLLM::")):
+            if not is_ours(process) or not process.cmdline()[0].startswith(("ray::Serve", "ray::ProxyActor", "VLLM::")):
                 continue
             resident += process.memory_info().rss
             threads += process.num_threads()

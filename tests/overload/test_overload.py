@@ -16,7 +16,7 @@ import pytest
 
 from tests.fault.load import Load, Reply, ask, paced, percentile
 from tests.fault.record import Finding, at_most, conclude, equal
-from tests.fault.scenario import Stage, wait_until
+from tests.fault.scenario import Stage, is_ours, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -49,9 +49,9 @@ def resident_mb(stage: Stage) -> float:
     found = 0
     for process in psutil.process_iter():
         try:
-            name = "".join(process.cmdline())
-            found += process.memory_info().rss if name.startswith("ray::Serve") else 0
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            if is_ours(process) and process.cmdline()[0].startswith(("ray::Serve", "ray::ProxyActor", "VLLM::")):
+                found += process.memory_info().rss
+        except (psutil.NoSuchProcess, psutil.AccessDenied, IndexError):
             continue
     return found / 2**20
 
