@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from unmask.config import DistillConfig
 from unmask.masking.anchored import block_sparse_mask, dense_mask
 from unmask.models.attend import compiled_flex
 from unmask.models.dflash import DFlashConfig, DFlashDraft, spread_layer_ids
-from unmask.training.draft_trainer import DraftTrainer
+from unmask.training.draft_trainer import DraftingForward, DraftTrainer
 from unmask.training.flops import step_flops
 from unmask.training.head import TrainingHead
 from unmask.training.sequences import Batch, SequenceSet, TokenSequence
@@ -65,11 +67,14 @@ class GivenFeatures:
 
     def get(self, batch: Batch) -> Tensor:
         """See FeatureCache."""
-        return self.features_1TF
+        return self.features_1TF.expand(len(batch.ids_BT), -1, -1)
 
 
-def build(name: str, device: str, config: DistillConfig) -> tuple[DraftTrainer, DFlashConfig]:
-    """A trainer on random sequences of one shape."""
+def build(
+    name: str, device: str, config: DistillConfig, *, rank: int = 0, world_size: int = 1
+) -> tuple[DraftTrainer, DFlashConfig]:
+    """A trainer on random sequences of one shape; with several ranks, one of them, its process group initialised."""
+    torch.manual_seed(0)
     widths, layers, block_size, length = SHAPES[name]
     ids = spread_layer_ids(layers, 5 if layers > 8 else 2)
     sizes = DFlashConfig(
@@ -83,14 +88,26 @@ def build(name: str, device: str, config: DistillConfig) -> tuple[DraftTrainer, 
         TokenSequence(tuple(torch.randint(2, widths["vocab_size"], (length,), generator=generator).tolist()), 16)
         for _ in range(4 * tokens // length)
     ]
-    sequences = SequenceSet(texts, batch_size=1, seed=0, tokens_per_step=tokens)
+    sequences = SequenceSet(
+        texts, batch_size=config.rows_per_step, seed=0, rank=rank, world_size=world_size, tokens_per_step=tokens
+    )  # fmt: skip
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     embedding = 0.02 * torch.randn(widths["vocab_size"], widths["hidden_size"], dtype=dtype, device=device)
     features = torch.randn(1, tokens, len(ids) * widths["hidden_size"], dtype=dtype, device=device)
     target = GivenTarget(embedding, ids)
     given: Any = GivenFeatures(target, sequences, features)
     draft = DFlashDraft(sizes).to(device)
-    return DraftTrainer(draft, given, TrainingHead(embedding, [], None), config), sizes
+    module: nn.Module = DraftingForward(draft, compiled=config.compile)
+    if world_size > 1:
+        module = DistributedDataParallel(module, device_ids=[rank] if device == "cuda" else None)
+
+    def total(values: Tensor) -> Tensor:
+        if world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    head = TrainingHead(embedding, [], None)
+    return DraftTrainer(draft, given, head, config, module=module, reduce=total, world_size=world_size), sizes
 
 
 def attended_pairs(trainer: DraftTrainer, sizes: DFlashConfig) -> int:

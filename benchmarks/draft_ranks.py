@@ -1,0 +1,103 @@
+"""Training of a draft on two GPUs beside one: equal losses, and how much faster.
+
+    python -m benchmarks.draft_ranks --out benchmarks/results/draft_ranks.json
+
+Losses: float32, steps of two packed rows, by one rank that fills both and by two that fill one each. Speed: bfloat16,
+compiled, one row a rank. Features are given, so that only the step is compared. `--tiny` proves it on a CPU with gloo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from benchmarks.draft_step import build, time_steps
+from unmask.config import DistillConfig
+
+LOSS_STEPS = 10
+TOLERANCE = 1e-5
+"""Of a loss, relative: sums are added in another order."""
+
+
+def configurations(tiny: bool) -> dict[str, tuple[str, DistillConfig]]:
+    """Shape and training section of each comparison."""
+    if tiny:
+        small = DistillConfig(
+            max_steps=100, tokens_per_step=256, anchors_per_step=128, head_negatives=None, precision="float32",
+            rows_per_step=2,
+        )  # fmt: skip
+        return {"losses": ("tiny", small), "speed": ("tiny", small)}
+    plain = DistillConfig(
+        max_steps=100, tokens_per_step=4096, anchors_per_step=512, head_negatives=None, precision="float32",
+        rows_per_step=2,
+    )  # fmt: skip
+    fast = replace(plain, tokens_per_step=16384, anchors_per_step=2048, precision="bfloat16", compile=True)
+    large = replace(fast, tokens_per_step=8192, anchors_per_step=512)
+    return {"losses": ("smollm2-135m", plain), "speed": ("smollm2-135m", fast), "speed, large": ("qwen3-8b", large)}
+
+
+def work(rank: int, world_size: int, port: int, tiny: bool, steps: int, folder: str) -> None:
+    """One rank; the first writes what was found."""
+    device = "cpu" if tiny else "cuda"
+    if not tiny:
+        torch.cuda.set_device(rank)
+    torch.set_float32_matmul_precision("highest")
+    if world_size > 1:
+        address = f"tcp://127.0.0.1:{port}"
+        dist.init_process_group("gloo" if tiny else "nccl", address, rank=rank, world_size=world_size)
+    found: dict[str, Any] = {}
+    for name, (shape, config) in configurations(tiny).items():
+        of_losses = name == "losses"
+        config = config if of_losses else replace(config, rows_per_step=world_size)
+        trainer, _ = build(shape, device, config, rank=rank, world_size=world_size)
+        if of_losses:
+            found[name] = [float(trainer.step(0.5)["loss"]) for _ in range(LOSS_STEPS)]
+        else:
+            found[name] = world_size / time_steps(trainer, 4, steps)
+        del trainer
+    if rank == 0:
+        Path(folder, f"{world_size}.json").write_text(json.dumps(found))
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/draft_ranks.json"))
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        for world_size in (1, 2):
+            mp.spawn(work, (world_size, port, args.tiny, args.steps, folder), nprocs=world_size)
+        one, two = (json.loads(Path(folder, f"{world_size}.json").read_text()) for world_size in (1, 2))
+    differences = [abs(a / b - 1) for a, b in zip(one["losses"], two["losses"], strict=True)]
+    figures = {
+        "machine": f"{os.cpu_count()} cores" if args.tiny else f"2 x {torch.cuda.get_device_name()}",
+        "losses": one["losses"],
+        "largest_relative_difference": max(differences),
+        "rows_per_second": {name: {"1": one[name], "2": two[name]} for name in one if name != "losses"},
+        "speedup": {name: two[name] / one[name] for name in one if name != "losses"},
+    }
+    print(json.dumps(figures, indent=1))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(figures, indent=1) + "\n")
+    if max(differences) > TOLERANCE:
+        raise SystemExit(f"error: losses differ by {max(differences):.1e} of their size")
+
+
+if __name__ == "__main__":
+    main()
