@@ -45,6 +45,8 @@ class RemoteDraftOptions:
     """K: the most that is ever asked for; at most the draft's block size - 1."""
     mailbox_folder: Path | None = None
     """On a GPU: the folder that a draft on this host serves. None reaches the link file's drafts through a sidecar."""
+    timeout_ms: float | None = None
+    """How long a step waits for its draft; on a GPU its watchdog lets it go a little later. None is its own limit."""
     k_by_batch_size: tuple[tuple[int, int, int], ...] = ()
     """On a GPU: (first, last batch size, K), ascending from 1; graphs are made for each of these K. The scheduler and
     the draft both go by it. Empty is `num_speculative_tokens` throughout."""

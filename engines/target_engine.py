@@ -20,6 +20,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from engines.draft_arguments import (
     LINK_FILE_VARIABLE,
     MAILBOX_FOLDER_VARIABLE,
+    WATCHDOG_VARIABLE,
     RemoteDraftOptions,
     with_remote_draft,
 )
@@ -43,6 +44,7 @@ _FINISH_REASONS = (*_ENDED, "abort")
 _CPU_VARIABLES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "PASSIVE"}
 """Replicas share their host: pinned threads would meet on one core, and idle ones that spin would starve the draft."""
 _GPU_VARIABLES = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+_WATCHDOG_SHARE = 1.25
 _IN_CORE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
@@ -195,6 +197,9 @@ class TargetEngine:
             variables[MAILBOX_FOLDER_VARIABLE] = str(self._draft.mailbox_folder.absolute())
         if self._draft is not None:
             variables[LINK_FILE_VARIABLE] = str(self._draft.link_file.absolute())
+        if self._draft is not None and self._draft.timeout_ms is not None:
+            # The sidecar gives up first, and says so; the watchdog is for when it cannot.
+            variables[WATCHDOG_VARIABLE] = f"{_WATCHDOG_SHARE * self._draft.timeout_ms:g}"
         try:
             with _environment(variables):
                 return AsyncLLM.from_engine_args(

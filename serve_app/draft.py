@@ -153,6 +153,7 @@ def _start_server(config: AppConfig, secret: str) -> tuple[DraftServer, TargetRe
     import torch
 
     from unmask.checkpoints import check_pairing, load_draft
+    from unmask.pairing.graphed_blocks import halvings
     from unmask.pairing.server import DraftServer
     from unmask.pairing.vocabulary import load_vocabulary
     from unmask.targets import describe_target, resolve_target
@@ -164,7 +165,7 @@ def _start_server(config: AppConfig, secret: str) -> tuple[DraftServer, TargetRe
     path = Path(options.draft or "")
     target = resolve_target(config.target.model, config.target.revision)
     record = describe_target(target)
-    check_pairing(path, record)
+    largest = check_pairing(path, record).block_size - 1
     embedding, lm_head = (table.to(device) for table in load_vocabulary(target, dtype))
     server = DraftServer(
         load_draft(path, dtype).to(device),
@@ -174,6 +175,8 @@ def _start_server(config: AppConfig, secret: str) -> tuple[DraftServer, TargetRe
         host=ray.util.get_node_ip_address(),
         memory_mb=options.draft_memory_mb,
         record=record,
+        # A K without a graph of its own would have one recorded while a step waits for it.
+        graph_ks=sorted({options.num_speculative_tokens or largest, *halvings(largest)}),
     )
     server.start()
     return server, record

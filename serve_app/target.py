@@ -197,10 +197,11 @@ class _Link:
                 link_file=folder / "link.json",
                 layer_ids=tuple(draft.target_layer_ids),
                 num_speculative_tokens=config.serve.num_speculative_tokens or draft.block_size - 1,
+                timeout_ms=config.serve.draft_limit_ms,
             ),
             address=None,
             target_digest=record_digest(record).hex(),
-            timeout_ms=config.serve.draft_timeout_ms,
+            timeout_ms=config.serve.draft_limit_ms,
             retry_s=config.serve.draft_retry_s,
             adaptive_k=config.serve.adaptive_k,
         )

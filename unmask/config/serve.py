@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from unmask.config.checks import require, require_labels
 
+_LIMIT_GPU_MS, _LIMIT_CPU_MS = 100.0, 2000.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
@@ -35,7 +37,7 @@ class ServeConfig:
     """Of the ingress and the directory: name nodes that are not taken away."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_num_seqs: int = 32
-    draft_timeout_ms: float = 2000.0
+    draft_timeout_ms: float | None = None
     """A draft that has not answered by then costs the step its proposals, never a token."""
     draft_retry_s: float = 1.0
     """How long the breaker stays open after a failure before the draft is tried again."""
@@ -116,7 +118,10 @@ class ServeConfig:
             require_labels(getattr(self, name), f"serve.{name}")
         for name in ("target_cpus", "draft_cpus", "target_gpus", "draft_gpus"):
             require(getattr(self, name) >= 0, f"serve.{name}", "must not be negative")
-        for name in ("draft_timeout_ms", "draft_retry_s", "capture_flush_s", "stall_timeout_s"):
+        require(
+            self.draft_timeout_ms is None or self.draft_timeout_ms > 0, "serve.draft_timeout_ms", "must be positive"
+        )
+        for name in ("draft_retry_s", "capture_flush_s", "stall_timeout_s"):
             require(getattr(self, name) > 0, f"serve.{name}", "must be positive")
         require(
             self.traces_endpoint is None or self.traces_endpoint.startswith(("http://", "https://")),
@@ -149,6 +154,13 @@ class ServeConfig:
             "serve.diffusion_name",
             "give the diffusion LM a name of its own, since the target is served too",
         )
+
+    @property
+    def draft_limit_ms(self) -> float:
+        """How long a step waits for its draft: `draft_timeout_ms`, or what suits the target's device."""
+        if self.draft_timeout_ms is not None:
+            return self.draft_timeout_ms
+        return _LIMIT_GPU_MS if self.target_gpus else _LIMIT_CPU_MS
 
     @property
     def serves_target(self) -> bool:
