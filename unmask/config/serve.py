@@ -38,8 +38,8 @@ class ServeConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_num_seqs: int = 32
     draft_timeout_ms: float | None = None
-    """A draft that has not answered by then costs the step its proposals, never a token. None is 2000, and 100 where the
-    target is on a GPU, which stands still meanwhile."""
+    """A draft that has not answered by then costs the step its proposals, never a token. None is 2000, and 100 where
+    the target is on a GPU, which stands still meanwhile."""
     draft_retry_s: float = 1.0
     """How long the breaker stays open after a failure before the draft is tried again."""
     draft_memory_mb: int = 256

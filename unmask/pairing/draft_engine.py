@@ -202,7 +202,8 @@ class DraftEngine:
         if not draft.fc.weight.is_cuda:
             return BlockDrafter(draft.eval(), self._embedding, self._lm_head, cache)
         blocks = GraphedBlocks(draft.eval(), self._embedding, self._lm_head, cache)
-        blocks.record(self._graph_ks or halvings(draft.config.block_size - 1))
+        largest = draft.config.block_size - 1
+        blocks.record([k for k in self._graph_ks or halvings(largest) if k <= largest])
         return blocks
 
     def _run(self, current: list[tuple[int, Step]], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
