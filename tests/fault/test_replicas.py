@@ -30,6 +30,11 @@ pytestmark = pytest.mark.timeout(600)
 
 Answers = dict[str, tuple[str, int]]
 
+SLOW_START = (
+    "A replica starts in 45 s without load on this machine (F4), of which most is importing vLLM twice; under load it "
+    "shares two cores with the replicas that serve."
+)
+
 KINDS = {
     "F1": ("requests", Load(requests=100), slowest_answer(15)),
     "F2": ("streams", Load(requests=100, stream=True), longest_gap(2)),
@@ -40,7 +45,7 @@ KINDS = {
 @pytest.mark.parametrize("row", ["F1, F2", *(pytest.param(row, marks=pytest.mark.slow) for row in ("F1", "F2"))])
 def test_a_killed_target_is_not_seen(stage: Stage, expected: Answers, row: str) -> None:
     kind, load, in_time = KINDS[row]
-    checks = [no_failures, same_text(expected), in_time, recovers(60), nothing_left]
+    checks = [no_failures, same_text(expected), in_time, recovers(60, reason=SLOW_START), nothing_left]
     findings = play(stage, Scenario(load=load, events=[kill("target")], checks=checks))
     conclude(row, "SIGKILL one of two targets", f"8 clients x {load.requests} {kind}", findings)
 
