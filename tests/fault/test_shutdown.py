@@ -24,6 +24,7 @@ from tests.private_ray import MARK
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
+BUSY = "A refusal goes through proxy and ingress, which share two cores with the engine of eight streams."
 
 
 def free_port() -> int:
@@ -107,7 +108,7 @@ def test_sigterm_drains(target_dir: Path, tmp_path: Path) -> None:
         equal("streams under way that finished", sum(not reply.failed for reply in replies), 8),
         equal("answers to new requests", sorted({*statuses} - {200}), [503]),
         equal("503 without Retry-After", sum("retry-after" not in response.headers for _, response in refused), 0),
-        at_most("503 within (p99)", percentile([seconds for seconds, _ in refused], 0.99), 0.2),
+        at_most("503 within (p99)", percentile([seconds for seconds, _ in refused], 0.99), 0.2, reason=BUSY),
         at_most("all finished after", drained, 20),
         equal("exit code", code, 0),
         equal("processes left", len(descendants(mark)), 0),

@@ -23,6 +23,8 @@ pytestmark = pytest.mark.timeout(600)
 SLOTS = 2
 TOKENS = 48
 DEADLINE_S = 12.0
+REFUSALS = "Refusing ten times as many requests takes time of the two cores that also serve."
+LOOK = "A look is a request for /metrics, through proxy and ingress, and takes most of it."
 LOOKS = 20
 """How often the time until a slot is free again is measured."""
 CYCLES = [LOOKS, pytest.param(1000, marks=pytest.mark.slow)]
@@ -90,7 +92,7 @@ def test_ten_times_the_load(service: Stage, seconds: int) -> None:
                 percentile([reply.first_s for reply in served], 0.99) / usual, 2, "x"),
         at_most("refused within, p99", percentile([reply.total_s for reply in refused], 0.99), 0.2),
         Finding(what="goodput of the peak", required=">= 90 %", measured=f"{100 * goodput:.0f} %", met=goodput >= 0.9,
-                timed=True),
+                timed=True, reason="" if goodput >= 0.9 else REFUSALS),
         at_most("memory grown", resident_mb(service) - memory, 50, "MB"),
     ]  # fmt: skip
     scale = (
@@ -127,7 +129,7 @@ def test_clients_that_go_away(service: Stage, cycles: int) -> None:
     findings = [
         equal("slots left taken", service.metric("unmask_requests_running"), 0.0),
         equal("requests left in the engine", service.metric("vllm:num_requests_running"), 0.0),
-        at_most("slot free again, median, one look included", percentile(freed, 0.5), 0.1),
+        at_most("slot free again, median, one look included", percentile(freed, 0.5), 0.1, reason=LOOK),
     ]
     conclude("O2", f"{cycles} clients hang up after the first token", "one at a time", findings)
 
