@@ -26,10 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 Answers = dict[str, tuple[str, int]]
 ENDLESS = 100_000
-WAITS = (
-    "No request fails, but requests wait while Serve starts its controller again, which takes this long on two cores. "
-    "What they wait for has not been found."
-)
+WAITS = "No request failed, but answers came this late after the controller was killed. The cause has not been found."
 
 
 def test_a_killed_controller_is_not_seen(stage: Stage, expected: Answers) -> None:

@@ -39,7 +39,7 @@ from unmask.pairing.hello import hello_of
 from unmask.pairing.wire import Proposals
 from unmask.targets import describe_target
 
-SLOW_START = "A draft imports torch and reads the target's vocabulary on two cores that serve 8 clients meanwhile."
+SLOW_START = "Presumed, not measured apart: the draft starts on two cores that serve 8 clients meanwhile."
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -31,8 +31,7 @@ pytestmark = pytest.mark.timeout(600)
 Answers = dict[str, tuple[str, int]]
 
 SLOW_START = (
-    "A replica starts in 45 s without load on this machine (F4), of which most is importing vLLM twice; under load it "
-    "shares two cores with the replicas that serve."
+    "A replica takes as long as F4 shows without load; here it starts beside replicas that serve, on two cores."
 )
 
 KINDS = {

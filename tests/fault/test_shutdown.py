@@ -24,7 +24,7 @@ from tests.private_ray import MARK
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
-BUSY = "A refusal goes through proxy and ingress, which share two cores with the engine of eight streams."
+BUSY = "Presumed, not measured apart: proxy and ingress share two cores with the engine of eight streams."
 
 
 def free_port() -> int:

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.timeout(600)
 SLOTS = 2
 TOKENS = 48
 DEADLINE_S = 12.0
-REFUSALS = "Refusing ten times as many requests takes time of the two cores that also serve."
-LOOK = "A look is a request for /metrics, through proxy and ingress, and takes most of it."
+REFUSALS = "Presumed, not measured apart: refusals and whatever else runs take time of the cores that serve."
+LOOK = "The look, a request for /metrics through proxy and ingress, is in it; its share was not measured."
 LOOKS = 20
 """How often the time until a slot is free again is measured."""
 CYCLES = [LOOKS, pytest.param(1000, marks=pytest.mark.slow)]
