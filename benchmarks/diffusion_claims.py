@@ -10,8 +10,8 @@ def claims(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """What the table says of forwards at equal accuracy; None where no setting is as accurate.
 
     `dparallel_over_one_token`: times fewer forwards than one token a forward, at most 2 points below it.
-    `dparallel_over_threshold`: than the teacher's threshold decoder, interpolated at the same accuracy. `d2f_tpf` and
-    `apd_tpf`: the most tokens a forward (APD: a step) at most 2 and 5 points below.
+    `dparallel_over_threshold`: than the teacher's threshold decoder, both interpolated at the accuracy of that setting or,
+    where the threshold never reaches it, at the threshold's best. `d2f_tpf` and `apd_tpf`: the most tokens a forward (APD: a step) at most 2 and 5 points below.
     """
     found = [row for row in rows if row["task"] == "word_problems"]
 
@@ -27,15 +27,22 @@ def claims(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
         return min(accurate, key=lambda row: row["nfe"], default=None)
 
     plain = [row for row in of("teacher", "threshold") if "cache" not in row["settings"]]
-    student, d2f = fastest(of("dparallel", "dparallel"), 2), fastest(of("d2f", "d2f"), 2)
+    certain = [row for row in of("dparallel", "dparallel") if "cache" not in row["settings"]]
+    student, d2f = fastest(certain, 2), fastest(of("d2f", "d2f"), 2)
     apd = fastest(of("teacher", "apd") + of("dparallel", "apd"), 5)
-    base = forwards_at([*plain, ceiling], student["accuracy"]) if student else None
+    equal = min(student["accuracy"], max(row["accuracy"] for row in plain)) if student and plain else None
     return {
         "dparallel_over_one_token": ceiling["nfe"] / student["nfe"] if student else None,
-        "dparallel_over_threshold": base / student["nfe"] if student and base else None,
+        "dparallel_over_threshold": _ratio(plain, certain, equal) if equal is not None else None,
         "d2f_tpf": d2f["tpf"] if d2f else None,
         "apd_tpf": apd["tpf"] if apd else None,
     }
+
+
+def _ratio(slow: Sequence[dict[str, Any]], fast: Sequence[dict[str, Any]], accuracy: float) -> float | None:
+    """Of the forwards of two curves at an accuracy."""
+    many, few = forwards_at(slow, accuracy), forwards_at(fast, accuracy)
+    return many / few if many and few else None
 
 
 def forwards_at(curve: Sequence[dict[str, Any]], accuracy: float) -> float | None:

@@ -3,9 +3,11 @@
     python -m benchmarks.diffusion_quality --work /tmp/quality --out benchmarks/results/diffusion_quality.json
 
 From SmolLM2-135M-Instruct it makes the networks of `diffusion_models.py` (word problems of several steps, templates
-held out), then decodes 1,024 test problems with every decoder and setting in one run. `--work` keeps networks, so an
-interrupted run goes on. `--tiny` proves the script on a CPU: its figures mean nothing. `--ar-vllm` adds the fine-tuned
-causal LM in vLLM, `--gsm8k` a GSM8K test file.
+held out), then decodes 1,024 test problems with every decoder and setting. `--work` keeps networks and `--out` rows, so
+an interrupted run goes on. `--parts` and `--checkpoints` cut the work, so that several GPUs can share it, each with an
+`--out` of its own; a last call with `--parts` empty and `--add-rows` makes one table. `--tiny` proves the script on
+a CPU: its figures mean nothing. The part `autoregressive` (the fine-tuned causal LM in vLLM) wants a process of its
+own; `gsm8k` needs `--gsm8k`, the test file.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -47,6 +49,10 @@ TINY_SHAPE = {
 }  # fmt: skip
 
 
+PARTS = ("train", "accuracy", "speed", "gsm8k", "autoregressive")
+NETWORKS = ("fine_tuned", "teacher", "dparallel", "d2f", "dparallel_d2f")
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """One line of the table."""
@@ -68,7 +74,7 @@ def settings() -> list[Setting]:
     table = [Setting("teacher", "one_token", block, timed=True)]
     for threshold in (0.9, 0.95, 0.98, 0.99, 0.995):
         table.append(Setting("teacher", "threshold", {**block, "threshold": threshold}, timed=threshold == 0.9))
-    for threshold in (0.9, 0.97):
+    for threshold in (0.9, 0.97, 0.99):
         table.append(Setting("teacher", "threshold", {**block, "threshold": threshold, "cache": "dual"}, timed=True))
     # The student's own ceiling, and its training apart from its criterion.
     table.append(Setting("dparallel", "one_token", block))
@@ -77,9 +83,9 @@ def settings() -> list[Setting]:
         table.append(Setting("dparallel", "dparallel", {**block, "threshold": threshold}, timed=threshold == 0.02))
     table.append(Setting("dparallel", "dparallel", {**block, "threshold": 0.02, "cache": "dual"}, timed=True))
     for confidence in (0.9, 0.95, 0.98, 0.99):
-        table.append(Setting("d2f", "d2f", {**block, "tau_conf": confidence}, timed=confidence == 0.9))
+        table.append(Setting("d2f", "d2f", {**block, "tau_conf": confidence}, timed=confidence in (0.9, 0.98)))
     for threshold in (0.3, 0.1, 0.05, 0.02, 0.01):
-        table.append(Setting("dparallel_d2f", "d2f", {**block, "tau_entropy": threshold}, timed=threshold == 0.1))
+        table.append(Setting("dparallel_d2f", "d2f", {**block, "tau_entropy": threshold}, timed=threshold >= 0.1))
     for confidence in (0.9, 0.95, 0.98):
         table.append(Setting("dparallel_d2f", "d2f", {**block, "tau_conf": confidence}))
     for weight, window, ahead in (
@@ -97,10 +103,14 @@ def settings() -> list[Setting]:
 class Table:
     """Rows as they come, written to disk after each; those that are there are not measured again."""
 
-    def __init__(self, out: Path, gpu: str, workshop: Workshop) -> None:
+    def __init__(self, out: Path, gpu: str, workshop: Workshop, others: Sequence[Path] = ()) -> None:
         self.out, self.gpu, self.workshop = out, gpu, workshop
-        self.rows: list[dict[str, Any]] = json.loads(out.read_text()) if out.is_file() else []
+        self.rows: list[dict[str, Any]] = []
         self.heats: dict[str, list[list[float]]] = {}
+        for path in (out, *others):
+            if path.is_file():
+                self.rows += json.loads(path.read_text())
+                self.heats |= json.loads(path.with_suffix(".run.json").read_text())["commit_order"]
 
     def has(self, setting: Setting, task: str, batch: int) -> bool:
         """Whether a row is there."""
@@ -146,14 +156,24 @@ class Table:
     def plot(self) -> None:
         """Speed-accuracy curves and commitment orders, beside the rows."""
         plot_speed_accuracy(self.curves(), self.out.with_suffix(".png"))
-        plot_commit_order({n: np.asarray(heat) for n, heat in self.heats.items()}, self.out.with_suffix(".order.png"))
+        if self.heats:
+            plot_commit_order(
+                {n: np.asarray(heat) for n, heat in self.heats.items()}, self.out.with_suffix(".order.png")
+            )
 
 
-def evaluate(table: Table, task: Task, networks: Callable[[str], DiffusionLM], scale: Scale, count: int) -> None:
-    """Accuracy and forwards of every setting on the test split, and the speed of the timed ones."""
+def evaluate(
+    table: Table,
+    task: Task,
+    networks: Callable[[str], DiffusionLM],
+    scale: Scale,
+    count: int,
+    checkpoints: Sequence[str],
+) -> None:
+    """Accuracy and forwards of every setting on the test split."""
     rows = list(itertools.islice(word_problem_rows("test"), count))
     prompts = task.prompts([row["prompt"] for row in rows])
-    for setting in settings():
+    for setting in [s for s in settings() if s.checkpoint in checkpoints]:
         if table.has(setting, "word_problems", min(256, count)):
             continue
         network = networks(setting.checkpoint)
@@ -277,13 +297,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder of the networks")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the rows")
     parser.add_argument("--tiny", action="store_true", help="a few steps on a CPU")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS[:3], help="default: the first three")
+    parser.add_argument(
+        "--checkpoints", nargs="+", choices=NETWORKS, default=NETWORKS, help="of `accuracy` and `train`"
+    )
+    parser.add_argument("--add-rows", type=Path, nargs="+", default=[], metavar="OUT", help="of other calls")
     parser.add_argument("--gsm8k", type=Path, help="GSM8K test set (.jsonl.gz)")
-    parser.add_argument("--ar-vllm", action="store_true", help="measure the fine-tuned causal LM in vLLM as well")
-    parser.add_argument("--train-only", action="store_true", help="make the networks and stop")
-    parser.add_argument("--only-ar", action="store_true", help="measure nothing but that, in a process of its own")
     parser.add_argument("--seconds", type=int, nargs=5, default=(60, 240, 90, 90, 110), metavar="S",
-                        help="training budgets: fine_tuned teacher dparallel d2f dparallel_d2f")  # fmt: skip
-    return parser.parse_args()
+                        help=f"training budgets: {' '.join(NETWORKS)}")  # fmt: skip
+    options = parser.parse_args()
+    if "gsm8k" in options.parts and options.gsm8k is None:
+        parser.error("the part gsm8k needs --gsm8k")
+    return options
 
 
 def main() -> None:
@@ -292,20 +317,20 @@ def main() -> None:
 
     options = arguments()
     torch.set_float32_matmul_precision("high")
-    names = ("fine_tuned", "teacher", "dparallel", "d2f", "dparallel_d2f")
     scale = TINY if options.tiny else Scale(
         rows=120_000, trajectories=24_000, response_length=128, batch=128, device="cuda",
-        seconds=dict(zip(names, options.seconds, strict=True)),
+        seconds=dict(zip(NETWORKS, options.seconds, strict=True)),
     )  # fmt: skip
     options.work.mkdir(parents=True, exist_ok=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     base = resolve_target("embedded:smollm2-135m-instruct", None)
     if options.tiny:
         base = tiny_base(base, options.work / "base")
     task = Task(AutoTokenizer.from_pretrained(base, local_files_only=True), scale.response_length)
     workshop = Workshop(base, options.work, task, scale)
     networks = loader(workshop)
-    gpu = torch.cuda.get_device_name() if scale.device == "cuda" else "cpu"
-    table = Table(options.out, gpu, workshop)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    table = Table(options.out, gpu, workshop, options.add_rows)
     for step in measurements(table, task, networks, scale, options):
         step()
     table.save()
@@ -318,18 +343,16 @@ def measurements(
 ) -> Iterator[Callable[[], None]]:
     """What the command line asks for, in order."""
     count = 2 if options.tiny else 1024
-    if options.only_ar:
-        yield lambda: measure_ar(table, task, options.work / "fine_tuned", count)
-        return
-    for name in ("fine_tuned", "teacher", "dparallel", "d2f", "dparallel_d2f"):
-        yield lambda name=name: networks(name)
-    if options.train_only:
-        return
-    yield lambda: evaluate(table, task, networks, scale, count)
-    yield lambda: measure_speed(table, task, networks, scale)
-    if options.gsm8k:
+    if "train" in options.parts:
+        for name in options.checkpoints:
+            yield lambda name=name: networks(name)
+    if "accuracy" in options.parts:
+        yield lambda: evaluate(table, task, networks, scale, count, options.checkpoints)
+    if "speed" in options.parts:
+        yield lambda: measure_speed(table, task, networks, scale)
+    if "gsm8k" in options.parts:
         yield lambda: evaluate_gsm8k(table, task, networks, scale, options.gsm8k)
-    if options.ar_vllm:
+    if "autoregressive" in options.parts:
         yield lambda: measure_ar(table, task, options.work / "fine_tuned", count)
 
 

@@ -6,9 +6,10 @@
 
 Weights are random and acceptance is vLLM's `synthetic` one with r_k = 0.86^k whatever is drafted: only the system
 differs. On GPUs native and remote drafting are switched at run time in one engine (`engines.native_switch`), so that
-graphs and KV cache are the same; the draft of the remote ones is a process of its own. `--tiny` uses vLLM's V1 runner
-on a CPU, which knows no synthetic acceptance, with an engine for each mode. A row is printed and written as soon as it
-is measured.
+graphs and KV cache are the same; the draft of the remote ones is a process of its own. A last engine is as it is in
+production, without vLLM's draft in it: `kv_cache_tokens` says what that frees. `--tiny` uses vLLM's V1 runner on a CPU,
+which knows no synthetic acceptance, with an engine for each mode. A row is printed and written as soon as it is
+measured.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from unmask.pairing.status import read_status
 
 SECRET = b"a benchmark of one machine, 0123"
 PROMPT_TOKENS = 128
+REMOTE = {"remote": "shared memory", "tcp": "sidecar over TCP", "production": "shared memory"}
+"""Modes whose draft is in another process, and how it is reached."""
 
 
 def main() -> None:
@@ -52,9 +55,8 @@ def main() -> None:
         write_shape(SHAPES[arguments.shape], arguments.folder)
         if arguments.tiny:
             write_weights(SHAPES[arguments.shape], arguments.folder)
-        engines = (
-            (("target",), ("native",), ("remote",)) if arguments.tiny else (("target",), ("native", "remote", "tcp"))
-        )
+        switched = (("native",), ("remote",)) if arguments.tiny else (("native", "remote", "tcp"), ("production",))
+        engines = (("target",), *switched)
         with draft_process(arguments):
             for modes in engines:
                 for row in engine_rows(arguments, modes):
@@ -70,7 +72,7 @@ def draft_process(arguments: argparse.Namespace) -> Iterator[None]:
     (folder / "secret").write_bytes(SECRET)
     device = "cpu" if arguments.tiny else "cuda"
     command = [sys.executable, "-m", "benchmarks.pairing_draft", f"--shape={shape.name}", f"--folder={folder}"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(arguments.gpus - 1)}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu(arguments.gpus - 1)}
     process = subprocess.Popen([*command, f"--device={device}"], stdin=subprocess.PIPE, env=environment)
     try:
         while not (folder / "address").exists():
@@ -86,12 +88,18 @@ def draft_process(arguments: argparse.Namespace) -> Iterator[None]:
         process.wait(30)
 
 
+def gpu(index: int) -> str:
+    """A GPU of those that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[index] if visible else str(index)
+
+
 def engine_rows(arguments: argparse.Namespace, modes: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """Rows of one engine, a process of its own on the first GPU."""
     command = [sys.executable, "-m", "benchmarks.pairing", "--role=engine", *sys.argv[1:]]
     command += [f"--folder={arguments.folder}", "--modes", *modes]
     environment = os.environ | {
-        "CUDA_VISIBLE_DEVICES": "0",
+        "CUDA_VISIBLE_DEVICES": gpu(0),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
         LINK_FILE_VARIABLE: str(arguments.folder / "link"),
@@ -121,18 +129,18 @@ def run_engine(arguments: argparse.Namespace) -> None:
 
     modes = tuple(arguments.modes)
     llm = LLM(**engine_options(arguments, modes))
-    switchable = not arguments.tiny and modes != ("target",)
+    has_table = not arguments.tiny and modes != ("target",)
     for mode in modes:
-        if switchable:
+        if has_table and mode != "production":
             llm.collective_rpc("choose_draft", args=(mode,))
-        if mode in ("remote", "tcp"):
+        if mode in REMOTE:
             _await_draft(llm, arguments)
         for concurrency in arguments.concurrency:
-            for policy in ("static", "by batch size") if switchable else ("static",):
+            for policy in ("static", "by batch size") if has_table else ("static",):
                 k = 0 if mode == "target" else _k(policy, concurrency)
                 if policy != "static" and k == K:
                     continue
-                if switchable:
+                if has_table:
                     table = [k] * (max(arguments.concurrency) + 1)
                     llm.collective_rpc("set_speculation", args=(table,))
                 print(json.dumps(measure(llm, arguments, mode, concurrency, k, policy)), flush=True)
@@ -168,7 +176,7 @@ def measure(
         "reply": times.get("reply"),
     }
     return {
-        "mode": "remote" if mode == "tcp" else mode,
+        "mode": "remote" if mode in REMOTE else mode,
         "shape": arguments.shape,
         "concurrency": concurrency,
         "acceptance_length": round(tau, 3),
@@ -179,7 +187,9 @@ def measure(
         "machine": _machine(arguments),
         "period_ms": round(period, 3),
         "policy": policy,
-        "transport": {"remote": "socket" if arguments.tiny else "shared memory", "tcp": "sidecar over TCP"}.get(mode),
+        "transport": ("socket" if arguments.tiny else REMOTE[mode]) if mode in REMOTE else None,
+        "engine": "of its own" if arguments.tiny or mode in ("target", "production") else "shared by native and remote",
+        "kv_cache_tokens": _kv_cache_tokens(llm),
         "without_proposals": (asked["passed"] + asked["released"] - counted["passed"] - counted["released"])
         if asked
         else None,
@@ -206,6 +216,12 @@ def _generate(llm: Any, arguments: argparse.Namespace, concurrency: int, length:
     return time.perf_counter() - began
 
 
+def _kv_cache_tokens(llm: Any) -> int:
+    """What the target's KV cache holds."""
+    cache = llm.llm_engine.vllm_config.cache_config
+    return cache.num_gpu_blocks * cache.block_size
+
+
 def _counters(llm: Any) -> dict[str, float]:
     names = {"vllm:spec_decode_num_drafts": "drafts", "vllm:spec_decode_num_accepted_tokens": "accepted"}
     return {names[metric.name]: metric.value for metric in llm.get_metrics() if metric.name in names}
@@ -213,7 +229,7 @@ def _counters(llm: Any) -> dict[str, float]:
 
 def _asked(llm: Any, arguments: argparse.Namespace, mode: str) -> dict[str, float]:
     """What the remote draft was asked, by its mailbox or, on a CPU, its link."""
-    if mode not in ("remote", "tcp"):
+    if mode not in REMOTE:
         return {}
     if not arguments.tiny:
         return llm.collective_rpc("draft_counters")[0]

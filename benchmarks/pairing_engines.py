@@ -6,9 +6,14 @@ import argparse
 from typing import Any
 
 from benchmarks.pairing_shapes import SHAPES, K
-from engines.draft_arguments import AUX_LAYERS_KEY, REMOTE_DRAFT
+from engines.draft_arguments import AUX_LAYERS_KEY, REMOTE_DRAFT, RemoteDraftOptions, with_remote_draft
 
 RATE = 0.86
+SYNTHETIC = {
+    "rejection_sample_method": "synthetic",
+    "synthetic_acceptance_rates": [RATE**i for i in range(1, K + 1)],
+}
+"""Acceptance at each position, whatever is drafted."""
 POLICY = ((1, 16, 15), (17, 4096, 7))
 """K by batch size: of the remote pairing, and of vLLM's dynamic K."""
 
@@ -44,14 +49,22 @@ def engine_options(arguments: argparse.Namespace, modes: tuple[str, ...]) -> dic
         }
     if modes == ("target",):
         return options
+    if modes == ("production",):
+        remote = RemoteDraftOptions(
+            link_file=folder / "link",
+            layer_ids=shape.layer_ids,
+            num_speculative_tokens=K,
+            k_by_batch_size=POLICY,
+        )
+        options = with_remote_draft(options, remote, "v2")
+        return options | {"speculative_config": options["speculative_config"] | SYNTHETIC}
     speculation: dict[str, Any] = {
         "method": "dflash",
         "model": str(folder / "draft"),
         "num_speculative_tokens": K,
     }
     if not arguments.tiny:
-        speculation["rejection_sample_method"] = "synthetic"
-        speculation["synthetic_acceptance_rates"] = [RATE**i for i in range(1, K + 1)]
+        speculation |= SYNTHETIC
         options["worker_extension_cls"] = "engines.native_switch.SwitchableWorker"
         speculation["num_speculative_tokens_per_batch_size"] = [list(span) for span in POLICY]
     elif modes == ("remote",):

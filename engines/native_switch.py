@@ -58,7 +58,11 @@ class SwitchableWorker(DraftControls):
 
     def choose_draft(self, mode: str) -> None:
         """Ask this draft (`MODES`) from now on."""
-        self.model_runner.speculator.mode = mode
+        speculator = self.model_runner.speculator
+        speculator.mode = mode
+        # Whoever chooses waits for the draft before the first step, which would start it otherwise.
+        if mode != "native" and speculator.remotes[mode].target is not None:
+            speculator.remotes[mode].target.start()
 
     def _speculator(self) -> Any:
         speculator = self.model_runner.speculator
