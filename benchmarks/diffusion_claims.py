@@ -10,8 +10,9 @@ def claims(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """What the table says of forwards at equal accuracy; None where no setting is as accurate.
 
     `dparallel_over_one_token`: times fewer forwards than one token a forward, at most 2 points below it.
-    `dparallel_over_threshold`: than the teacher's threshold decoder, both interpolated at the accuracy of that setting or,
-    where the threshold never reaches it, at the threshold's best. `d2f_tpf` and `apd_tpf`: the most tokens a forward (APD: a step) at most 2 and 5 points below.
+    `dparallel_over_threshold`: than the teacher's threshold decoder, both interpolated at the accuracy of that setting
+    or, where the threshold never reaches it, at its best. `d2f_tpf` and `apd_tpf`: the most tokens a forward
+    (APD: a step) at most 2 and 5 points below.
     """
     found = [row for row in rows if row["task"] == "word_problems"]
 
