@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.ahead_tools import Pair
 from tests.mailbox_tools import LAYOUT, ImaginedTarget, answers, watchdog
 from tests.pairing_tools import eventually
 from unmask.pairing.mailbox import Mailbox, take_tokens
-from unmask.pairing.mailbox_words import DOORBELL, REPLY, is_reached
+from unmask.pairing.mailbox_words import BEGUN, DOORBELL, REPLY, is_reached, signed
 from unmask.pairing.packed_rows import StepTensors, pack_rows
+from unmask.pairing.unpacked_rows import LENGTH, PAGES, Destination, answer_rows, unpack_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -64,6 +67,61 @@ def test_the_kernel_stores_what_the_reference_does(shared: Path) -> None:
         assert torch.equal(found.features, expected.features)
         imagined.end()
     words.close()
+
+
+def test_the_kernels_take_and_answer_what_the_references_do(shared: Path) -> None:
+    from unmask.pairing.stream_words import PinnedMailbox
+    from unmask.pairing.unpacked_rows_triton import answer_rows_on_gpu, unpack_rows_on_gpu
+
+    generator = random.Random(7)
+    expected, found = (Mailbox.create(shared / name, LAYOUT) for name in ("taken", "taken by a kernel"))
+    words = PinnedMailbox(found)
+    for number in (1, 7, 2**31, 2**32 - 1, 0) * 8:
+        requests, longest, k = generator.randint(1, 8), generator.randint(1, 6), generator.randint(1, LAYOUT.max_k)
+        inputs = torch.randint(1, 9, (PAGES + 8, 16), dtype=torch.int32)
+        for i in range(requests):
+            inputs[LENGTH, i] = start = generator.randint(0, 20)
+            count = generator.choice([0, longest + 1] + 8 * [generator.randint(1, longest)])
+            tag = signed(number) if generator.random() < 0.9 else 3
+            expected.rows[i] = start + (generator.random() < 0.1), count, generator.choice([-1, 0, 5, 90]), tag
+        expected.features[:] = torch.randn(LAYOUT.max_rows, LAYOUT.width)
+        for word, value in ((BEGUN, number), (REPLY, number - 1)):
+            expected.set_word(word, value)
+        found.memory[:] = expected.memory
+        into = Destination(
+            inputs=inputs,
+            rows=torch.zeros(64, LAYOUT.width),
+            places=torch.zeros(2, 64, dtype=torch.int64),
+            page_size=4,
+            spare_slot=999,
+            num_positions=22,
+        )
+        on_device = replace(into, **{name: getattr(into, name).cuda() for name in ("inputs", "rows", "places")})
+        seen = torch.zeros(9, 4, dtype=torch.int32)
+        seen_by_kernel = torch.zeros(9, 4, dtype=torch.int32, pin_memory=True)
+        ids = torch.randint(0, 90, (16, k))
+        unpack_rows(expected, number, requests, longest, into, seen)
+        answer_rows(expected, number, requests, ids, into, seen[-1])
+        unpack_rows_on_gpu(found, words.address, number, requests, longest, on_device, seen_by_kernel)
+        answer_rows_on_gpu(found, words.address, number, requests, ids.cuda(), on_device, seen_by_kernel[-1])
+        torch.cuda.synchronize()
+        assert torch.equal(seen_by_kernel, seen)
+        assert torch.equal(on_device.inputs[:, :requests].cpu(), into.inputs[:, :requests])
+        assert torch.equal(on_device.places.cpu(), into.places)
+        used = into.places[1] != into.spare_slot
+        assert torch.equal(on_device.rows.cpu()[used], into.rows[used])
+        assert (found.tokens == expected.tokens).all()
+    words.close()
+
+
+def test_steps_are_drafted_behind_their_doorbells_as_after_them(shared: Path) -> None:
+    with Pair(shared, "cuda") as pair:
+        imagined = ImaginedTarget(seed=11)
+        for _ in range(300):
+            step, k = imagined.step(), imagined.random.randint(1, LAYOUT.max_k)
+            assert pair.ask(step, k) == pair.ask_twin(step, k)
+            pair.finish(imagined.end())
+        assert 60 < pair.engine.ahead_steps < 300
 
 
 def test_a_stream_waits_for_the_reply_and_the_cpu_does_not(shared: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -214,3 +216,39 @@ def test_a_request_larger_than_the_pool_drives_nobody_out(num_pages: int) -> Non
     simulation.text_of[0, 2] = TEXTS[0]
     assert simulation.step([((0, 2), 0, 9)]) == [False]
     assert simulation.tables.length((0, 1)) == 1
+
+
+def test_pages_that_were_covered_are_those_that_rows_are_put_into() -> None:
+    """Whatever share of the covered rows comes, and with the requests of others in between."""
+    rng = random.Random(4)
+    covered, plain = PageTables(64, 4), PageTables(64, 4)
+    keys = [(0, i) for i in range(5)]
+    starts = np.zeros(5, dtype=np.int64)
+    for _ in range(40):
+        counts = np.array([rng.randint(1, 6) for _ in keys])
+        assert covered.cover(keys, 6, 64) == starts.all()
+        for tables in (covered, plain):
+            reserved = tables.reserve(keys, starts, counts)
+            assert reserved.kept.all()
+        assert (covered.lengths(keys) == starts + counts).all()
+        starts = starts + counts
+        if starts.max() > 40:
+            victim = rng.randrange(5)
+            for tables in (covered, plain):
+                tables.free(keys[victim])
+            starts[victim] = 0
+            assert not covered.cover(keys, 6, 64)
+    held = [key for key in keys if covered.length(key)]
+    pages = [page for key in held for page in covered.table([key]).pages[0, : -(-covered.length(key) // 4)].tolist()]
+    assert len(set(pages)) == len(pages) > 8
+
+
+def test_only_a_request_of_its_own_pages_is_covered() -> None:
+    tables = PageTables(3, 4)
+    tables.reserve([(0, 1)], np.array([0]), np.array([6]))
+    assert tables.cover([(0, 1)], 6, 3)
+    assert not tables.cover([(0, 1)], 7, 3)
+    assert not tables.cover([(0, 1)], 6, 2)
+    assert not tables.cover([(0, 2)], 1, 3)
+    tables.reserve([(0, 1)], np.array([5]), np.array([0]))
+    assert not tables.cover([(0, 1)], 1, 3)

@@ -7,9 +7,13 @@ import threading
 import time
 from collections.abc import Callable
 
+import numpy as np
+
 from unmask.pairing.draft_engine import DraftEngine
 from unmask.pairing.request_log import RequestLog
 from unmask.pairing.wire import Proposals, Step
+
+_LATELY_S = 1.0
 
 Answer = Callable[[Proposals | None], None]
 """Called once, on the engine's thread, with the reply to a step; None if it was for another draft version."""
@@ -34,6 +38,7 @@ class Batcher:
         self.proposed_tokens = 0
         self.busy_s = 0.0
         self.log = RequestLog()
+        self._asked_at: dict[int, float] = {}
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -50,8 +55,30 @@ class Batcher:
         """Whether the engine's thread runs."""
         return self._thread.is_alive()
 
+    def is_alone(self, session: int) -> bool:
+        """Whether no other session has asked of late: what is queued ahead for one keeps the others waiting."""
+        now = time.monotonic()
+        self._asked_at[session] = now
+        for other, asked_at in list(self._asked_at.items()):
+            if now - asked_at > _LATELY_S:
+                self._asked_at.pop(other, None)
+        return len(self._asked_at) == 1
+
+    def note_ahead(self, requests: np.ndarray, counts: np.ndarray, took: float) -> None:
+        """Count a step that was not run here.
+
+        Args:
+            requests: uint64 [R].
+            counts: ids that each was answered with [R].
+            took: seconds of the draft, until now.
+        """
+        self.busy_s += took
+        self.steps += 1
+        self._note(requests, counts, took)
+
     def submit(self, session: int, step: Step, answer: Answer) -> None:
         """Queue a step of a session that has none under way."""
+        self._asked_at[session] = time.monotonic()
         self._arrived.put((session, step, answer))
 
     def _run(self) -> None:
@@ -71,13 +98,18 @@ class Batcher:
         started = time.monotonic()
         replies = self._engine.step([(session, step) for session, step, _ in batch])
         took = time.monotonic() - started
-        ended_at = time.time()
         self.busy_s += took
         self.steps += 1
-        self.messages += len(batch)
         for (_, step, answer), reply in zip(batch, replies, strict=True):
-            if reply is not None:
-                self.log.note(step.rows["request"], reply.counts, ended_at - took, ended_at)
-                self.proposals += int((reply.counts > 0).sum())
-                self.proposed_tokens += int(reply.counts.sum())
+            if reply is None:
+                self.messages += 1
+            else:
+                self._note(step.rows["request"], reply.counts, took)
             answer(reply)
+
+    def _note(self, requests: np.ndarray, counts: np.ndarray, took: float) -> None:
+        ended_at = time.time()
+        self.messages += 1
+        self.log.note(requests, counts, ended_at - took, ended_at)
+        self.proposals += int((counts > 0).sum())
+        self.proposed_tokens += int(counts.sum())

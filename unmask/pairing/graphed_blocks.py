@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -17,15 +18,14 @@ from unmask.pairing.block_drafter import BlockDrafter, most_likely
 from unmask.pairing.context_cache import ContextCache
 from unmask.pairing.page_tables import PageTable
 from unmask.pairing.paged_attention import gathered_attention
+from unmask.pairing.stream_end import StreamEnd
+from unmask.pairing.unpacked_rows import ANCHOR, GAP_FROM, LAST_TOKEN, LENGTH, PAGES, Destination
 
 LADDER = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Batch sizes with graphs of their own; a batch runs in the next larger one, larger ones in parts."""
 
-ROW_LADDER = (32, 64, 128, 256, 512, 1024)
+ROW_LADDER = (32, 64, 128, 256, 512, 1024, 2048)
 """Numbers of context rows with graphs of their own; more are appended in parts."""
-
-_FIELDS = 5
-"""Of the input table, in front of the pages: last token, anchor, context length, gap from, gap to."""
 
 
 class GraphedBlocks(BlockDrafter):
@@ -59,7 +59,7 @@ class GraphedBlocks(BlockDrafter):
             from unmask.pairing.paged_attention_triton import paged_attention
 
             self._attend = paged_attention
-        fields = _FIELDS + min(-(-config.max_position_embeddings // cache.page_size), cache.num_pages)
+        fields = PAGES + min(-(-config.max_position_embeddings // cache.page_size), cache.num_pages)
         # One request a column, so that the part that is in use is contiguous.
         self._staged = torch.zeros(fields, self._ladder[-1], dtype=torch.int32, pin_memory=self._on_gpu)
         self._inputs = torch.zeros(fields, self._ladder[-1], dtype=torch.int32, device=device)
@@ -105,7 +105,7 @@ class GraphedBlocks(BlockDrafter):
     def _append_part(self, context: Tensor, positions: np.ndarray, slots: np.ndarray) -> None:
         """Append as many rows as one graph holds."""
         size = len(context)
-        rows = next(r for r in ROW_LADDER if r >= size)
+        rows = _rung(ROW_LADDER, size)
         if self._uploaded is not None:
             self._uploaded.synchronize()
         self._staged_rows[:size].copy_(context)
@@ -144,21 +144,92 @@ class GraphedBlocks(BlockDrafter):
 
     def _part(self, last_tokens: np.ndarray, anchors: np.ndarray, table: PageTable, k: int, rows: slice) -> np.ndarray:
         """Draft as many blocks as one graph holds."""
-        size, fields = rows.stop - rows.start, _FIELDS + table.pages.shape[1]
-        batch = next(b for b in self._ladder if b >= size)
+        size = rows.stop - rows.start
+        batch = _rung(self._ladder, size)
+        fields = self._upload(last_tokens[rows], anchors[rows], table, rows, batch)
+        ids = self._replayed(batch, k, fields)
+        return ids[:size].to("cpu", torch.int32).numpy()
+
+    def _upload(
+        self, last_tokens: np.ndarray | int, anchors: np.ndarray | int, table: PageTable, rows: slice, batch: int
+    ) -> int:
+        """Fill the input table; the number of its rows in use."""
+        size, fields = rows.stop - rows.start, PAGES + table.pages.shape[1]
         staged = self._staged.numpy()
         # Requests beyond the batch have no context; what they draft is dropped.
         staged[:fields, size:batch] = 0
-        staged[0, :size], staged[1, :size], staged[2, :size] = last_tokens[rows], anchors[rows], table.lengths[rows]
-        staged[3:_FIELDS, :size] = table.gaps[rows].T
-        staged[_FIELDS:fields, :size] = table.pages[rows].T
+        staged[LAST_TOKEN, :size], staged[ANCHOR, :size], staged[LENGTH, :size] = (
+            last_tokens,
+            anchors,
+            table.lengths[rows],
+        )
+        staged[GAP_FROM:PAGES, :size] = table.gaps[rows].T
+        staged[PAGES:fields, :size] = table.pages[rows].T
         self._inputs[:fields].copy_(self._staged[:fields], non_blocking=True)
-        if self._on_gpu:
-            graph, ids = self._graph(batch, k)
-            graph.replay()
-        else:
-            ids = self._pass(batch, k, fields)
-        return ids[:size].to("cpu", torch.int32).numpy()
+        return fields
+
+    def _replayed(self, batch: int, k: int, fields: int) -> Tensor:
+        """Ids [batch, K] from the input table."""
+        if not self._on_gpu:
+            return self._pass(batch, k, fields)
+        graph, ids = self._graph(batch, k)
+        graph.replay()
+        return ids
+
+    def can_run_ahead(self, num_requests: int, longest: int, k: int) -> bool:
+        """Whether nothing has to be recorded or cut into parts for a step of R requests with up to `longest` rows."""
+        if num_requests > self._ladder[-1] or num_requests * longest > ROW_LADDER[-1]:
+            return False
+        batch, rows = _rung(self._ladder, num_requests), _rung(ROW_LADDER, num_requests * longest)
+        return not self._on_gpu or ((batch, k) in self._graphs and rows in self._append_graphs)
+
+    @property
+    def max_pages(self) -> int:
+        """Pages that a request can have in the input table."""
+        return len(self._inputs) - PAGES
+
+    @torch.inference_mode()
+    def run_ahead(self, end: StreamEnd, number: int, longest: int, table: PageTable, k: int) -> None:
+        """Queue a step behind its doorbell: append the rows that it will bring, draft, answer.
+
+        Args:
+            end: the mailbox's.
+            number: the step.
+            longest: most rows of one request.
+            table: of its requests, with room for `longest` rows more.
+            k: tokens to draft; see `can_run_ahead`.
+        """
+        size = len(table.lengths)
+        batch, rows = _rung(self._ladder, size), _rung(ROW_LADDER, size * longest)
+        into = self._destination(rows)
+        with torch.cuda.device_of(self._inputs):
+            fields = self._upload(0, 0, table, slice(0, size), batch)
+            end.begin(number, size, longest, into)
+            if self._on_gpu:
+                self._append_graphs[rows].replay()
+            else:
+                self._append_pass(rows)
+            end.end(number, size, self._replayed(batch, k, fields), into)
+
+    @torch.inference_mode()
+    def warm_up_ahead(self, end: StreamEnd, number: int) -> None:
+        """Compile what `run_ahead` launches, with a step that is not there and has been let go."""
+        into = self._destination(ROW_LADDER[0])
+        with torch.cuda.device_of(self._inputs):
+            end.begin(number, 1, 1, into)
+            end.end(number, 1, torch.zeros(1, 1, dtype=torch.int64, device=self._inputs.device), into)
+        while not end.is_done:
+            time.sleep(0)
+
+    def _destination(self, rows: int) -> Destination:
+        return Destination(
+            inputs=self._inputs,
+            rows=self._rows[:rows],
+            places=self._places[:, :rows],
+            page_size=self._cache.page_size,
+            spare_slot=self._cache.spare_slot,
+            num_positions=len(self._rotary[0]),
+        )
 
     def _graph(self, batch: int, k: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         if (batch, k) not in self._graphs:
@@ -182,11 +253,11 @@ class GraphedBlocks(BlockDrafter):
         """Ids [batch, K] from the input table; a fixed sequence of kernels."""
         draft, inputs = self._draft, self._inputs[:fields, :batch]
         ids_BQ = torch.full((batch, k + 1), draft.config.mask_token_id, device=inputs.device)
-        ids_BQ[:, 0] = inputs[0]
-        positions_BQ = inputs[1][:, None] + torch.arange(k + 1, device=inputs.device)
+        ids_BQ[:, 0] = inputs[LAST_TOKEN]
+        positions_BQ = inputs[ANCHOR][:, None] + torch.arange(k + 1, device=inputs.device)
         cos, sin = (table[positions_BQ] for table in self._rotary)
         x_BQH = F.embedding(ids_BQ, self._embedding)
-        where = (inputs[_FIELDS:].T, inputs[2], inputs[3:_FIELDS].T, self._cache.page_size)
+        where = (inputs[PAGES:].T, inputs[LENGTH], inputs[GAP_FROM:PAGES].T, self._cache.page_size)
         for layer, keys, values in zip(draft.layers, self._cache.keys, self._cache.values, strict=True):
             layer = cast(DFlashLayer, layer)
             attention, normed = layer.self_attn, layer.input_layernorm(x_BQH)
@@ -202,6 +273,11 @@ class GraphedBlocks(BlockDrafter):
         attentions = [cast(DFlashLayer, layer).self_attn for layer in self._draft.layers]
         weights = torch.cat([w for a in attentions for w in (a.k_proj.weight, a.v_proj.weight)])
         return weights.detach(), torch.stack([a.k_norm.weight for a in attentions]).detach()[:, None, None]
+
+
+def _rung(ladder: Sequence[int], size: int) -> int:
+    """The lowest that holds so many."""
+    return next(rung for rung in ladder if rung >= size)
 
 
 def halvings(k: int) -> list[int]:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import itertools
 import logging
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 
-from unmask.errors import WireError
+from unmask.errors import ConfigError, WireError
 from unmask.pairing.batcher import Batcher
 from unmask.pairing.draft_engine import DraftEngine
 from unmask.pairing.hello import Hello
+from unmask.pairing.mailbox import Control, Mailbox
 from unmask.pairing.mailbox_reader import Asked, no_proposals
+from unmask.pairing.mailbox_words import LATE, REPLY
+from unmask.pairing.stream_end import StreamEnd
+from unmask.pairing.stream_words import PinnedMailbox
 from unmask.pairing.wire import Proposals, Step
 
 logger = logging.getLogger(__name__)
@@ -35,6 +40,9 @@ class LocalDrafting:
         self._session = new_session()
         self._steps = itertools.count(1)
         self._replies: queue.SimpleQueue[Proposals | None] = queue.SimpleQueue()
+        self._end: StreamEnd | None = None
+        self._is_careful = False
+        """Rows of the last step could not be served ahead: the next one is left to the engine's own rules."""
 
     @property
     def hello(self) -> Hello | None:
@@ -61,6 +69,42 @@ class LocalDrafting:
         reply = self._reply()
         return (reply.tokens, reply.counts) if reply is not None else no_proposals(asked)
 
+    def open(self, mailbox: Mailbox) -> None:
+        """Take up a mailbox. On a GPU its steps are queued behind their doorbells while no other target asks."""
+        weights = self._engine.weights
+        if not weights.is_cuda:
+            return
+        try:
+            with torch.cuda.device(weights.device):
+                end = StreamEnd(mailbox, PinnedMailbox(mailbox))
+                self._engine.prepare_ahead(end, mailbox.word(REPLY))
+        except ConfigError as error:
+            logger.warning("steps are drafted once their doorbell has rung: %s", error)
+            return
+        self._end = end
+
+    def ahead(self, control: Control, finished: Sequence[int], await_end: Callable[[StreamEnd], float]) -> bool:
+        """See `Proposer.ahead`."""
+        end, is_careful = self._end, self._is_careful
+        self._is_careful = False
+        if end is None or is_careful or not self._batcher.is_alone(self._session):
+            return False
+        with self._engine.ahead(self._session, control, finished, end) as step:
+            if step is None:
+                return False
+            took = await_end(end)
+            seen = end.seen(control.number, len(control.requests))
+            counts, all_served = self._engine.book(step, seen)
+        self._is_careful = not all_served
+        self._batcher.note_ahead(control.requests, counts, took)
+        if seen.was_released:
+            end.mailbox.set_word(LATE, end.mailbox.word(LATE) + 1)
+        else:
+            end.mailbox.count_answer(int(took * 1e9))
+        if not seen.is_intact:
+            self.forget()
+        return True
+
     def forget(self) -> None:
         """See `Proposer.forget`."""
         self._engine.close_session(self._session)
@@ -69,6 +113,8 @@ class LocalDrafting:
     def close(self) -> None:
         """Drop the context of this mailbox."""
         self._engine.close_session(self._session)
+        if self._end is not None:
+            self._end.close()
 
     def _reply(self) -> Proposals | None:
         """Of the step under way; None if the draft was replaced or has ended."""

@@ -55,6 +55,7 @@ class Control:
         draft_version: of the projection that makes the features.
         requests: uint64 numbers [R], in the order of the rows.
         finished: uint64 numbers of requests that will not be named again.
+        longest: most feature rows that a request can have.
     """
 
     number: int
@@ -62,6 +63,7 @@ class Control:
     draft_version: int
     requests: np.ndarray
     finished: np.ndarray
+    longest: int
 
 
 class Mailbox(MailboxWords):
@@ -128,7 +130,7 @@ class Mailbox(MailboxWords):
             num_finished,
             control.draft_version,
         )
-        entry[: ENTRY.size] = np.frombuffer(ENTRY.pack(*head, (number - DEPTH) & STEP_MASK, 0), np.uint8)
+        entry[: ENTRY.size] = np.frombuffer(ENTRY.pack(*head, (number - DEPTH) & STEP_MASK, control.longest), np.uint8)
         numbers[:num_rows] = control.requests
         numbers[num_rows : num_rows + num_finished] = control.finished
         entry[ENTRY.size - 8 : ENTRY.size - 4].view(np.uint32)[0] = number
@@ -139,7 +141,7 @@ class Mailbox(MailboxWords):
         """The control entry of a step; None if another has taken its place."""
         entry = self._entry(number)
         head = ENTRY.unpack(entry[: ENTRY.size].tobytes())
-        first, num_rows, k, num_finished, version, last, _ = head
+        first, num_rows, k, num_finished, version, last, longest = head
         if first != number or last != number or num_rows + num_finished > 2 * self.layout.max_requests:
             return None
         numbers = entry[ENTRY.size :].view(np.uint64)[: num_rows + num_finished].copy()
@@ -151,6 +153,7 @@ class Mailbox(MailboxWords):
             draft_version=version,
             requests=numbers[:num_rows],
             finished=numbers[num_rows:],
+            longest=longest,
         )
 
     def rows_of(self, control: Control) -> np.ndarray | None:
@@ -181,10 +184,14 @@ class Mailbox(MailboxWords):
         num_rows, k = tokens.shape
         words = signed(number) << 32 | tokens.astype(np.int64)
         np.copyto(self.tokens[:num_rows, :k], words, where=np.arange(k) < counts[:, None])
-        self.set_long_word(DRAFT_NS, self.long_word(DRAFT_NS) + draft_ns)
-        self.set_long_word(ANSWERED, self.long_word(ANSWERED) + 1)
+        self.count_answer(draft_ns)
         self.release(number)
         return True
+
+    def count_answer(self, draft_ns: int) -> None:
+        """A step was answered in time, and took so long."""
+        self.set_long_word(DRAFT_NS, self.long_word(DRAFT_NS) + draft_ns)
+        self.set_long_word(ANSWERED, self.long_word(ANSWERED) + 1)
 
     def _entry(self, number: int) -> np.ndarray:
         size = self.layout.entry_bytes

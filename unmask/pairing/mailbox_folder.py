@@ -73,6 +73,7 @@ class MailboxFolder:
             self._refused.add(path)
             return
         drafting = self._new_drafting()
+        drafting.open(mailbox)
         service = MailboxService(mailbox, drafting)
         service.start()
         self._served[path] = service, drafting

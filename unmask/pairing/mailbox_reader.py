@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,12 +12,15 @@ import numpy as np
 from torch import Tensor
 
 from unmask.pairing.hello import Hello
-from unmask.pairing.mailbox import Mailbox
+from unmask.pairing.mailbox import Control, Mailbox
 from unmask.pairing.mailbox_target import write_offer
 from unmask.pairing.mailbox_words import ALIVE, CONTROL, DOORBELL, REPLY, SERVING, STEP_MASK, TAKEN, is_reached
+from unmask.pairing.stream_end import StreamEnd
 from unmask.pairing.wire import ROW
 
 _LOOK_S = 0.05
+_RING_S = 2.0
+"""A target that has announced a step rings within this time, or does without proposals for it."""
 _ATTENTIVE_S = 1.0
 _SHORT_REST_S = 2e-5
 _REST_S = 0.001
@@ -54,6 +58,19 @@ class Proposer(Protocol):
     def propose(self, asked: Asked) -> tuple[np.ndarray, np.ndarray]:
         """Ids [R, K] of a step, and how many of each row are valid [R]; 0 where there are none, for whatever reason."""
 
+    def ahead(self, control: Control, finished: Sequence[int], await_end: Callable[[StreamEnd], float]) -> bool:
+        """Answer a step that may not have rung yet.
+
+        Args:
+            control: what is known of it.
+            finished: requests that will not be named again.
+            await_end: called once the step has been queued: returns when its stream has come to its end, and the
+                seconds from the doorbell on.
+
+        Returns:
+            False for a step that is left to `propose`.
+        """
+
     def forget(self) -> None:
         """Features that were read last are not what their target wrote: drop all context of it."""
 
@@ -66,8 +83,8 @@ class MailboxReader:
         self._next = (mailbox.word(CONTROL) + 1) & STEP_MASK
         self._finished: list[int] = []
 
-    def next(self) -> Asked | None:
-        """The next step that waits for its answer; None while there is none."""
+    def announced(self) -> Control | None:
+        """The next step, as soon as the target's CPU has announced it; None while there is none."""
         box, number = self._mailbox, self._next
         announced = box.word(CONTROL)
         if not is_reached(announced, number):
@@ -76,12 +93,24 @@ class MailboxReader:
         if control is None:
             # So far behind that the entry is another step's.
             self._next = announced
+        return control
+
+    def finished(self, control: Control) -> list[int]:
+        """Requests that ended with a step or with those that were skipped before it."""
+        return self._finished + control.finished.tolist()
+
+    def advance(self, control: Control) -> None:
+        """A step has been answered without `next`."""
+        self._pass_by(control)
+        self._finished = []
+
+    def next(self) -> Asked | None:
+        """The next step that waits for its answer; None while there is none."""
+        box, control = self._mailbox, self.announced()
+        if control is None or not is_reached(box.word(DOORBELL), control.number):
             return None
-        if not is_reached(box.word(DOORBELL), number):
-            return None
-        self._next = (number + 1) & STEP_MASK
-        self._finished += control.finished.tolist()
-        box.set_word(TAKEN, number)
+        number = control.number
+        self._pass_by(control)
         rows = box.rows_of(control)
         if rows is None or is_reached(box.word(REPLY), number):
             return None
@@ -99,6 +128,11 @@ class MailboxReader:
             finished=finished,
         )
 
+    def _pass_by(self, control: Control) -> None:
+        self._next = (control.number + 1) & STEP_MASK
+        self._finished += control.finished.tolist()
+        self._mailbox.set_word(TAKEN, control.number)
+
 
 class MailboxService:
     """A thread that answers a mailbox.
@@ -114,6 +148,8 @@ class MailboxService:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mailbox", daemon=True)
         self._offered: int | None = None
+        self._tried: int | None = None
+        self._polls = mailbox.long_word(ALIVE)
         self.answered = 0
         """Steps that were answered in time."""
 
@@ -133,23 +169,58 @@ class MailboxService:
 
     def _run(self) -> None:
         attentive_until = look_at = 0.0
-        polls = self._mailbox.long_word(ALIVE)
         try:
             while not self._closing.is_set():
-                polls += 1
-                self._mailbox.set_long_word(ALIVE, polls)
+                self._show_life()
                 now = time.monotonic()
                 if now >= look_at:
                     self._offer()
                     look_at = now + _LOOK_S
-                asked = self._reader.next()
-                if asked is not None:
-                    self._answer(asked)
+                if self._look():
                     attentive_until = time.monotonic() + _ATTENTIVE_S
                 else:
                     time.sleep(_SHORT_REST_S if now < attentive_until else _REST_S)
         finally:
             self._mailbox.set_word(SERVING, 0)
+
+    def _look(self) -> bool:
+        """Answer the next step, if there is one."""
+        control = self._reader.announced()
+        if control is None:
+            return False
+        if control.number != self._tried:
+            self._tried = control.number
+            is_open = not is_reached(self._mailbox.word(REPLY), control.number)
+            if is_open and self._proposer.ahead(control, self._reader.finished(control), self._await_end(control)):
+                self._reader.advance(control)
+                self.answered += 1
+                return True
+        asked = self._reader.next()
+        if asked is not None:
+            self._answer(asked)
+        return asked is not None
+
+    def _await_end(self, control: Control) -> Callable[[StreamEnd], float]:
+        """See `Proposer.ahead`: a target that never rings keeps nobody waiting for long."""
+
+        def wait(end: StreamEnd) -> float:
+            give_up_at = time.monotonic() + _RING_S
+            rung_at = None
+            while not end.is_done:
+                self._show_life()
+                now = time.monotonic()
+                if rung_at is None and is_reached(self._mailbox.word(DOORBELL), control.number):
+                    rung_at = now
+                elif rung_at is None and (now > give_up_at or self._closing.is_set()):
+                    end.let_go(control.number)
+                time.sleep(_SHORT_REST_S)
+            return time.monotonic() - rung_at if rung_at is not None else 0.0
+
+        return wait
+
+    def _show_life(self) -> None:
+        self._polls += 1
+        self._mailbox.set_long_word(ALIVE, self._polls)
 
     def _offer(self) -> None:
         """Let the target know which draft it can ask."""

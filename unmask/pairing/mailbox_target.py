@@ -126,6 +126,7 @@ class MailboxTarget:
                 draft_version=offer.draft_version,
                 requests=np.array([self._numbers.of(name) for name in names], dtype=np.uint64),
                 finished=self._unread_finished(),
+                longest=longest,
             )
         )
         self._words.write(BEGUN, number)

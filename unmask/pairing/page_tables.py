@@ -137,6 +137,39 @@ class PageTables:
         pages = self._table[np.repeat(table_rows, counts), positions // self.page_size].astype(np.int64)
         return Reservation(kept=kept, positions=positions, slots=pages * self.page_size + positions % self.page_size)
 
+    def cover(self, keys: Sequence[Key], more: int, last_page: int) -> bool:
+        """Give requests the pages for up to `more` rows after their last, before it is known how many will come.
+
+        Args:
+            keys: R distinct requests.
+            more: rows.
+            last_page: columns that a request may have.
+
+        Returns:
+            False if a request is unknown, went back, would change a page that others rely on, or finds no room: then
+            only `reserve` can tell what to do. What it relies on has not changed.
+        """
+        entries = [self._entries[key] for key in keys if key in self._entries]
+        if len(entries) < len(keys) or any(entry.went_back for entry in entries):
+            return False
+        self._clock += 1
+        for key in keys:
+            self._touch(key)
+        for entry in entries:
+            end = entry.length + more
+            first, num_pages = entry.length // self.page_size, -(-end // self.page_size)
+            if num_pages > min(last_page, self.pool.num_pages):
+                return False
+            if first < entry.num_pages and self.pool.is_fixed(int(self._table[entry.row, first])):
+                return False
+            if num_pages > entry.num_pages and not self._grow(entry, entry.length, end):
+                return False
+        return True
+
+    def lengths(self, keys: Sequence[Key]) -> np.ndarray:
+        """int64 [R] positions of known requests up to the last one held."""
+        return np.array([self._entries[key].length for key in keys], dtype=np.int64)
+
     def table(self, keys: Sequence[Key]) -> PageTable:
         """Where the context of known requests lies."""
         entries = [self._entries[key] for key in keys]

@@ -14,7 +14,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,10 @@ import numpy as np
 from unmask.pairing.fleet import DraftFleet
 from unmask.pairing.hello import NO_DIGEST, Hello, TargetShape
 from unmask.pairing.link_file import read_link_file
-from unmask.pairing.mailbox import Mailbox
+from unmask.pairing.mailbox import Control, Mailbox
 from unmask.pairing.mailbox_reader import Asked, MailboxService, no_proposals
 from unmask.pairing.status import LinkStatus
+from unmask.pairing.stream_end import StreamEnd
 from unmask.types import ProposalRow
 
 
@@ -79,6 +80,10 @@ class Sidecar:
         for i, ids in enumerate(proposals):
             tokens[i, : len(ids)], counts[i] = ids, len(ids)
         return tokens, counts
+
+    def ahead(self, control: Control, finished: Sequence[int], await_end: Callable[[StreamEnd], float]) -> bool:
+        """See `Proposer.ahead`: what is sent must have been written."""
+        return False
 
     def forget(self) -> None:
         """See `Proposer.forget`."""

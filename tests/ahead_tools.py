@@ -1,0 +1,111 @@
+"""A target and a draft with a mailbox between them, and the draft's twin that is told of rows that have come."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tests.mailbox_tools import LAYOUT, TargetStep
+from tests.pairing_tools import SHAPE, eventually, tiny_draft, tiny_vocabulary
+from unmask.pairing.batcher import Batcher
+from unmask.pairing.draft_engine import AheadStep, DraftEngine
+from unmask.pairing.graphed_blocks import GraphedBlocks
+from unmask.pairing.local_drafting import LocalDrafting
+from unmask.pairing.mailbox import Mailbox
+from unmask.pairing.mailbox_reader import MailboxService
+from unmask.pairing.mailbox_target import MailboxTarget
+from unmask.pairing.mailbox_words import HEARTBEAT
+from unmask.pairing.stream_end import SeenStep, StreamEnd
+from unmask.pairing.stream_words import HostWords
+from unmask.pairing.wire import Step, pack_rows
+from unmask.types import ProposalRow
+
+
+def new_engine(cls: type[DraftEngine], device: str) -> DraftEngine:
+    vocabulary = tiny_vocabulary().to(device)
+    return cls(tiny_draft().to(device), vocabulary, vocabulary, memory_mb=2, page_size=4, graph_ks=range(1, 6))
+
+
+class CountingEngine(DraftEngine):
+    """Counts what was queued ahead; on a CPU it runs the graphs' passes eagerly."""
+
+    ahead_steps = 0
+
+    def _new_blocks(self, draft, cache):
+        if draft.fc.weight.is_cuda:
+            return super()._new_blocks(draft, cache)
+        return GraphedBlocks(draft, self._embedding, self._lm_head, cache)
+
+    def book(self, step: AheadStep, seen: SeenStep) -> tuple[np.ndarray, bool]:
+        self.ahead_steps += 1
+        return super().book(step, seen)
+
+
+class Pair:
+    """See above; the target is a thread of the caller's on a CPU, the draft wherever it is put."""
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self.mailbox = Mailbox.create(folder / "box", LAYOUT)
+        self.engine = new_engine(CountingEngine, device)
+        self.batcher = Batcher(self.engine, on_end=lambda: None)
+        self.drafting = LocalDrafting(self.engine, self.batcher, itertools.count().__next__)
+        theirs = Mailbox(self.mailbox.path)
+        self.drafting.open(theirs)
+        if device == "cpu":
+            self.drafting._end = StreamEnd(theirs, HostWords(theirs))
+        self.service = MailboxService(theirs, self.drafting)
+        self.target = MailboxTarget(self.mailbox, HostWords(self.mailbox), SHAPE, torch.device("cpu"))
+        self.twin = new_engine(DraftEngine, device)
+        self.numbers: dict[str, int] = {}
+        self.finished: list[int] = []
+        self.steps = 0
+
+    def __enter__(self) -> Pair:
+        self.batcher.start()
+        self.service.start()
+        self.target.start()
+        self.mailbox.set_long_word(HEARTBEAT, time.monotonic_ns() + 3600 * 10**9)
+        eventually(lambda: self.target.is_ready)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.target.close()
+        self.service.close()
+        self.drafting.close()
+        self.batcher.stop()
+
+    def ask(self, step: TargetStep, k: int) -> list[list[int]]:
+        return self.target.propose(step.names, step.states, step.tensors, longest=step.longest, k=k)[:, :k].tolist()
+
+    def ask_twin(self, step: TargetStep, k: int) -> list[list[int]]:
+        rows = [
+            ProposalRow(
+                request=self.numbers.setdefault(name, len(self.numbers)),
+                start=start,
+                num_features=len(raw),
+                last_token=anchor,
+            )
+            for name, start, raw, anchor in step.seen
+        ]
+        self.steps += 1
+        finished, self.finished = self.finished, []
+        asked = Step(
+            draft_version=self.twin.version,
+            epoch=0,
+            number=self.steps,
+            num_speculative_tokens=k,
+            rows=pack_rows(rows),
+            features=self.engine.hello.projection(torch.cat([raw for *_, raw, _ in step.seen])),
+            finished=np.array(finished, dtype="<u8"),
+        )
+        (reply,) = self.twin.step([(0, asked)])
+        kept = np.arange(k) < reply.counts[:, None]
+        return np.where(kept, reply.tokens, -1).tolist()
+
+    def finish(self, names: list[str]) -> None:
+        self.target.finish(names)
+        self.finished += [self.numbers[name] for name in names if name in self.numbers]
