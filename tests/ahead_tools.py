@@ -79,7 +79,10 @@ class Pair:
         self.batcher.stop()
 
     def ask(self, step: TargetStep, k: int) -> list[list[int]]:
-        return self.target.propose(step.names, step.states, step.tensors, longest=step.longest, k=k)[:, :k].tolist()
+        tokens = self.target.propose(step.names, step.states, step.tensors, longest=step.longest, k=k)[:, :k].tolist()
+        # The draft takes note of a step after its reply.
+        eventually(lambda: self.batcher.steps == self.target.asked)
+        return tokens
 
     def ask_twin(self, step: TargetStep, k: int) -> list[list[int]]:
         rows = [

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from unmask.models.dflash import DFlashDraft, DFlashLayer, rotate
 from unmask.pairing.block_drafter import BlockDrafter, most_likely
+from unmask.pairing.block_network import BlockInputs, BlockNetwork
 from unmask.pairing.context_cache import ContextCache
 from unmask.pairing.page_tables import PageTable
-from unmask.pairing.paged_attention import gathered_attention
 from unmask.pairing.stream_end import StreamEnd
 from unmask.pairing.unpacked_rows import ANCHOR, GAP_FROM, LAST_TOKEN, LENGTH, PAGES, Destination
 
@@ -54,11 +54,7 @@ class GraphedBlocks(BlockDrafter):
         device, config = embedding.device, draft.config
         self._ladder = tuple(ladder)
         self._on_gpu = device.type == "cuda"
-        self._attend = gathered_attention
-        if self._on_gpu:
-            from unmask.pairing.paged_attention_triton import paged_attention
-
-            self._attend = paged_attention
+        self._network = BlockNetwork(draft, embedding, cache)
         fields = PAGES + min(-(-config.max_position_embeddings // cache.page_size), cache.num_pages)
         # One request a column, so that the part that is in use is contiguous.
         self._staged = torch.zeros(fields, self._ladder[-1], dtype=torch.int32, pin_memory=self._on_gpu)
@@ -73,7 +69,6 @@ class GraphedBlocks(BlockDrafter):
         self._append_graphs: dict[int, torch.cuda.CUDAGraph] = {}
         # One pool of intermediate results: graphs are replayed one after another.
         self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
-        self._rotary = draft.rotary(torch.arange(config.max_position_embeddings, device=device), embedding[:1])
         self._kv_weight, self._key_norms = self._derived()
 
     def adopt(self, draft: DFlashDraft) -> None:
@@ -111,7 +106,7 @@ class GraphedBlocks(BlockDrafter):
         self._staged_rows[:size].copy_(context)
         places = self._staged_places.numpy()
         # Nothing is drafted beyond the last position, but a long request's rows may arrive.
-        places[0, :size], places[1, :size] = np.minimum(positions, len(self._rotary[0]) - 1), slots
+        places[0, :size], places[1, :size] = np.minimum(positions, len(self._network.rotary[0]) - 1), slots
         places[0, size:rows], places[1, size:rows] = 0, self._cache.spare_slot
         self._rows[:size].copy_(self._staged_rows[:size], non_blocking=True)
         self._places.copy_(self._staged_places, non_blocking=True)
@@ -131,7 +126,7 @@ class GraphedBlocks(BlockDrafter):
         )
         keys, values = projected.permute(2, 1, 0, 3, 4)
         keys = F.rms_norm(keys, keys.shape[-1:], None, config.rms_norm_eps) * self._key_norms
-        cos, sin = (table.index_select(0, positions) for table in self._rotary)
+        cos, sin = (table.index_select(0, positions) for table in self._network.rotary)
         self._cache.write(self._places[1, :rows], rotate(keys, cos, sin), values)
 
     @torch.inference_mode()
@@ -228,7 +223,7 @@ class GraphedBlocks(BlockDrafter):
             places=self._places[:, :rows],
             page_size=self._cache.page_size,
             spare_slot=self._cache.spare_slot,
-            num_positions=len(self._rotary[0]),
+            num_positions=len(self._network.rotary[0]),
         )
 
     def _graph(self, batch: int, k: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -251,22 +246,18 @@ class GraphedBlocks(BlockDrafter):
 
     def _pass(self, batch: int, k: int, fields: int) -> Tensor:
         """Ids [batch, K] from the input table; a fixed sequence of kernels."""
-        draft, inputs = self._draft, self._inputs[:fields, :batch]
-        ids_BQ = torch.full((batch, k + 1), draft.config.mask_token_id, device=inputs.device)
-        ids_BQ[:, 0] = inputs[LAST_TOKEN]
-        positions_BQ = inputs[ANCHOR][:, None] + torch.arange(k + 1, device=inputs.device)
-        cos, sin = (table[positions_BQ] for table in self._rotary)
-        x_BQH = F.embedding(ids_BQ, self._embedding)
-        where = (inputs[PAGES:].T, inputs[LENGTH], inputs[GAP_FROM:PAGES].T, self._cache.page_size)
-        for layer, keys, values in zip(draft.layers, self._cache.keys, self._cache.values, strict=True):
-            layer = cast(DFlashLayer, layer)
-            attention, normed = layer.self_attn, layer.input_layernorm(x_BQH)
-            queries = rotate(attention.q_norm(attention.heads(attention.q_proj(normed))), cos, sin)
-            block = attention.keys_values(normed, cos, sin)
-            attended = self._attend(queries, *block, keys, values, *where)
-            x_BQH = x_BQH + attention.o_proj(attended.flatten(-2))
-            x_BQH = x_BQH + layer.mlp(layer.post_attention_layernorm(x_BQH))
-        return most_likely(draft.norm(x_BQH[:, 1:]).flatten(0, 1), self._lm_head).view(batch, k)
+        inputs = self._inputs[:fields, :batch]
+        hidden_BQH = self._network(
+            BlockInputs(
+                last_tokens=inputs[LAST_TOKEN],
+                anchors=inputs[ANCHOR],
+                lengths=inputs[LENGTH],
+                gaps=inputs[GAP_FROM:PAGES].T,
+                pages=inputs[PAGES:].T,
+            ),
+            k,
+        )
+        return most_likely(hidden_BQH[:, 1:].flatten(0, 1), self._lm_head).view(batch, k)
 
     def _derived(self) -> tuple[Tensor, Tensor]:
         """Key and value weights of all layers [L * 2 * M * d, H], and their key norms [L, 1, 1, d]."""
