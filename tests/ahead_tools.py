@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import itertools
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from tests.mailbox_tools import LAYOUT, TargetStep
-from tests.pairing_tools import SHAPE, eventually, tiny_draft, tiny_vocabulary
+from tests.pairing_tools import SECRET, SHAPE, eventually, tiny_draft, tiny_vocabulary
 from unmask.pairing.batcher import Batcher
 from unmask.pairing.draft_engine import AheadStep, DraftEngine
 from unmask.pairing.graphed_blocks import GraphedBlocks
+from unmask.pairing.link_file import LinkConfig, write_link_file
 from unmask.pairing.local_drafting import LocalDrafting
 from unmask.pairing.mailbox import Mailbox
 from unmask.pairing.mailbox_reader import MailboxService
 from unmask.pairing.mailbox_target import MailboxTarget
 from unmask.pairing.mailbox_words import HEARTBEAT
-from unmask.pairing.stream_end import SeenStep, StreamEnd
+from unmask.pairing.server import DraftServer
+from unmask.pairing.sidecar import Sidecar
+from unmask.pairing.stream_end import SeenStep
 from unmask.pairing.stream_words import HostWords
 from unmask.pairing.wire import Step, pack_rows
 from unmask.types import ProposalRow
@@ -51,37 +55,43 @@ class Pair:
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         self.mailbox = Mailbox.create(folder / "box", LAYOUT)
         self.engine = new_engine(CountingEngine, device)
-        self.batcher = Batcher(self.engine, on_end=lambda: None)
-        self.drafting = LocalDrafting(self.engine, self.batcher, itertools.count().__next__)
-        theirs = Mailbox(self.mailbox.path)
-        self.drafting.open(theirs)
-        if device == "cpu":
-            self.drafting._end = StreamEnd(theirs, HostWords(theirs))
-        self.service = MailboxService(theirs, self.drafting)
-        self.target = MailboxTarget(self.mailbox, HostWords(self.mailbox), SHAPE, torch.device("cpu"))
         self.twin = new_engine(DraftEngine, device)
+        self.target = MailboxTarget(self.mailbox, HostWords(self.mailbox), SHAPE, torch.device("cpu"))
         self.numbers: dict[str, int] = {}
         self.finished: list[int] = []
         self.steps = 0
+        self.on_exit = ExitStack()
+
+    def open(self) -> None:
+        """Serve the mailbox on this host."""
+        self.batcher = Batcher(self.engine, on_end=lambda: None)
+        self.batcher.start()
+        self.on_exit.callback(self.batcher.stop)
+        self.drafting = LocalDrafting(self.engine, self.batcher, itertools.count().__next__)
+        theirs = Mailbox(self.mailbox.path)
+        self.drafting.open(theirs)
+        self.on_exit.callback(self.drafting.close)
+        service = MailboxService(theirs, self.drafting)
+        service.start()
+        self.on_exit.callback(service.close)
 
     def __enter__(self) -> Pair:
-        self.batcher.start()
-        self.service.start()
+        self.open()
         self.target.start()
         self.mailbox.set_long_word(HEARTBEAT, time.monotonic_ns() + 3600 * 10**9)
-        eventually(lambda: self.target.is_ready)
+        eventually(lambda: self.target.is_ready, 20)
+        # A sidecar has tried its draft.
+        self.before = self.batcher.steps
         return self
 
     def __exit__(self, *_) -> None:
         self.target.close()
-        self.service.close()
-        self.drafting.close()
-        self.batcher.stop()
+        self.on_exit.close()
 
     def ask(self, step: TargetStep, k: int) -> list[list[int]]:
         tokens = self.target.propose(step.names, step.states, step.tensors, longest=step.longest, k=k)[:, :k].tolist()
         # The draft takes note of a step after its reply.
-        eventually(lambda: self.batcher.steps == self.target.asked)
+        eventually(lambda: self.batcher.steps - self.before == self.target.asked)
         return tokens
 
     def ask_twin(self, step: TargetStep, k: int) -> list[list[int]]:
@@ -112,3 +122,24 @@ class Pair:
     def finish(self, names: list[str]) -> None:
         self.target.finish(names)
         self.finished += [self.numbers[name] for name in names if name in self.numbers]
+
+
+class RelayedPair(Pair):
+    """The draft on another host: a sidecar, TCP, and the draft's server."""
+
+    def open(self) -> None:
+        """Serve the mailbox through a sidecar."""
+        folder = self.mailbox.path.parent
+        vocabulary = tiny_vocabulary()
+        server = DraftServer(tiny_draft(), vocabulary, vocabulary, SECRET, memory_mb=2)
+        server._engine, server._relays = self.engine, True
+        self.batcher = server._batcher
+        self.batcher._engine = self.engine
+        server.start()
+        self.on_exit.callback(server.stop)
+        (folder / "secret").write_bytes(SECRET)
+        link = LinkConfig(address=server.address, secret_file=str(folder / "secret"), timeout_ms=10_000)
+        write_link_file(folder / "link", link)
+        sidecar = Sidecar(self.mailbox.path, folder / "link", SHAPE)
+        sidecar.start()
+        self.on_exit.callback(sidecar.close)

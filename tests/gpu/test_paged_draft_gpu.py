@@ -8,6 +8,7 @@ import torch
 
 from tests.paged_tools import SHAPES, paged_case
 from tests.pairing_tools import BLOCK_SIZE, raw_features, reference_block, row, tiny_draft, tiny_vocabulary
+from unmask.pairing import block_ops
 from unmask.pairing.draft_engine import DraftEngine
 from unmask.pairing.paged_attention import gathered_attention
 from unmask.pairing.wire import Step, pack_hashes, pack_rows
@@ -29,6 +30,33 @@ def test_the_kernel_equals_the_reference(shape: str, dtype: torch.dtype, toleran
 
 
 FLOATS = ("queries", "block_keys", "block_values", "keys", "values")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(
+    "sizes", [(3, 5, 4, 2, 8, 32, 48), (1, 6, 9, 3, 64, 576, 1536), (5, 16, 32, 8, 128, 4096, 12288)]
+)
+def test_operations_between_products_equal_their_references(dtype: torch.dtype, tolerance: float, sizes: tuple) -> None:
+    from unmask.pairing import block_ops_triton
+
+    batch, rows, heads, kv_heads, head_dim, width, wide = sizes
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+    weight, norms = drawn(width), (drawn(head_dim), drawn(head_dim))
+    last = torch.arange(3, 3 + batch, dtype=torch.int32, device="cuda")
+    rotary = (drawn(64, 1, head_dim), drawn(64, 1, head_dim))
+    qkv = drawn(batch * rows, (heads + 2 * kv_heads) * head_dim)
+    for name, arguments in (
+        ("embed_blocks", (drawn(97, width), last, 96, rows, weight, 1e-6)),
+        ("split_heads", (qkv, *norms, 1e-6, rotary, last, rows, kv_heads)),
+        ("add_norm", (drawn(batch * rows, width), drawn(batch * rows, width), weight, 1e-6)),
+        ("silu_mul", (drawn(batch * rows, 2 * wide),)),
+    ):
+        found, expected = getattr(block_ops_triton, name)(*arguments), getattr(block_ops, name)(*arguments)
+        torch.testing.assert_close(found, expected, atol=2 * tolerance, rtol=2 * tolerance)
 
 
 @pytest.mark.parametrize("k", [1, 3, K])

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ahead_tools import Pair
+from tests.ahead_tools import Pair, RelayedPair
 from tests.mailbox_tools import LAYOUT, ImaginedTarget, answers, watchdog
 from tests.pairing_tools import eventually
 from unmask.pairing.mailbox import Mailbox, take_tokens
@@ -114,8 +114,11 @@ def test_the_kernels_take_and_answer_what_the_references_do(shared: Path) -> Non
     words.close()
 
 
-def test_steps_are_drafted_behind_their_doorbells_as_after_them(shared: Path) -> None:
-    with Pair(shared, "cuda") as pair:
+@pytest.mark.parametrize("kind", [Pair, RelayedPair])
+def test_steps_are_drafted_behind_their_doorbells_as_after_them(kind: type[Pair], shared: Path) -> None:
+    folder = shared / kind.__name__
+    folder.mkdir()
+    with kind(folder, "cuda") as pair:
         imagined = ImaginedTarget(seed=11)
         for _ in range(300):
             step, k = imagined.step(), imagined.random.randint(1, LAYOUT.max_k)

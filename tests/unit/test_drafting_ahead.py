@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.ahead_tools import Pair
+from tests.ahead_tools import Pair, RelayedPair
 from tests.mailbox_tools import LAYOUT, ImaginedTarget, TargetStep
 from tests.pairing_tools import eventually
 from unmask.pairing.mailbox_words import DOORBELL, LATE, REPLY
@@ -22,16 +22,18 @@ def pair(tmp_path) -> Iterator[Pair]:
         yield pair
 
 
-def test_proposals_do_not_depend_on_when_the_step_was_queued(pair) -> None:
+@pytest.mark.parametrize("kind", [Pair, RelayedPair])
+def test_proposals_do_not_depend_on_when_the_step_was_queued(kind: type[Pair], tmp_path) -> None:
     imagined = ImaginedTarget(seed=11)
-    for _ in range(150):
-        step, k = imagined.step(), imagined.random.randint(1, K)
-        assert pair.ask(step, k) == pair.ask_twin(step, k)
-        pair.finish(imagined.end())
-    # The others bring a request that was not known before.
-    assert 30 < pair.engine.ahead_steps < 150
-    assert pair.batcher.steps == 150
-    assert pair.engine.resident_requests == pair.twin.resident_requests
+    with kind(tmp_path) as pair:
+        for _ in range(150):
+            step, k = imagined.step(), imagined.random.randint(1, K)
+            assert pair.ask(step, k) == pair.ask_twin(step, k)
+            pair.finish(imagined.end())
+        # The others bring a request that was not known before.
+        assert 30 < pair.engine.ahead_steps < 150
+        assert pair.engine.resident_requests == pair.twin.resident_requests
+    eventually(lambda: pair.engine.resident_requests == 0)
 
 
 def one_step(imagined: ImaginedTarget, pair: Pair) -> TargetStep:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tests.pairing_tools import HIDDEN, VOCAB, row
 from unmask.errors import WireError
 from unmask.pairing import wire
+from unmask.pairing.announcement import Announcement, decode_announcement, encode_announcement
 from unmask.pairing.hello import decode_hello
 from unmask.pairing.wire import Kind, Proposals, Step
 from unmask.types import ProposalRow
@@ -176,3 +178,54 @@ def test_a_row_out_of_range_is_refused(bad: ProposalRow) -> None:
 def test_a_frame_that_is_not_due_is_refused(header: bytes, message: str) -> None:
     with pytest.raises(WireError, match=message):
         wire.decode_frame(header, [Kind.HELLO], 100)
+
+
+@st.composite
+def announcements(draw: st.DrawFn) -> Announcement:
+    most = draw(st.integers(1, 50))
+    return Announcement(
+        draft_version=draw(U64),
+        num_speculative_tokens=draw(st.integers(1, 255)),
+        requests=np.array(draw(st.lists(U64, max_size=most, unique=True)), dtype=np.uint64),
+        finished=np.array(draw(st.lists(U64, max_size=4)), dtype=np.uint64),
+        longest=draw(st.integers(0, 40)),
+        max_requests=most,
+        max_rows=draw(st.integers(40, 2**32 - 1)),
+    )
+
+
+@given(announcements())
+def test_an_announcement_survives_the_wire(announcement: Announcement) -> None:
+    read = decode_announcement(joined(encode_announcement(announcement)))
+    for name in Announcement.__dataclass_fields__:
+        np.testing.assert_array_equal(getattr(read, name), getattr(announcement, name))
+
+
+@given(announcements(), st.data())
+def test_a_damaged_announcement_is_refused_or_says_something_else(announcement: Announcement, data) -> None:
+    payload = joined(encode_announcement(announcement))
+    cut = data.draw(st.integers(0, len(payload) - 1))
+    with pytest.raises(WireError):
+        decode_announcement(payload[:cut])
+    payload[data.draw(st.integers(0, len(payload) - 1))] ^= data.draw(st.integers(1, 255))
+    with contextlib.suppress(WireError):
+        decode_announcement(payload)
+
+
+@given(steps())
+def test_a_step_is_recognised_by_what_was_announced(step: Step) -> None:
+    announced = Announcement(
+        draft_version=step.draft_version,
+        num_speculative_tokens=step.num_speculative_tokens,
+        requests=step.rows["request"],
+        finished=step.finished,
+        longest=int(step.rows["num_features"].max(initial=0)),
+        max_requests=50,
+        max_rows=50,
+    )
+    assert announced.matches(step)
+    assert not replace(announced, requests=np.append(announced.requests, 1)).matches(step)
+    assert not replace(announced, draft_version=step.draft_version ^ 1).matches(step)
+    assert not replace(announced, num_speculative_tokens=step.num_speculative_tokens + 1).matches(step)
+    if announced.longest:
+        assert not replace(announced, longest=announced.longest - 1).matches(step)

@@ -11,19 +11,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from unmask.errors import UserError, WireError
+from unmask.pairing.announcement import Announcement
 from unmask.pairing.connection import DraftConnection, DraftReplacedError
 from unmask.pairing.hello import Hello, TargetShape
 from unmask.pairing.link_file import LinkConfig, read_link_file
 from unmask.pairing.status import LinkStatus
-from unmask.pairing.wire import Proposals
+from unmask.pairing.wire import Proposals, pack_hashes, pack_rows
 from unmask.types import ProposalRow
 
 logger = logging.getLogger(__name__)
@@ -138,30 +140,65 @@ class DraftLink:
         Returns:
             At most K ids a row; empty lists where there is no proposal, for whatever reason.
         """
+        if k == 0:
+            rows = [replace(row, last_token=-1) for row in rows]
+        if version is None:
+            proposals = self._exchange(
+                version, k, lambda c, k, end: c.propose(rows, features, finished, k=k, deadline=end)
+            )
+        else:
+            packed, hashes = pack_rows(rows), pack_hashes(rows)
+            proposals = self._exchange(
+                version, k, lambda c, k, end: c.exchange(packed, features, finished, hashes=hashes, k=k, deadline=end)
+            )
+        if proposals is None:
+            return [[] for _ in rows]
+        counts = proposals.counts.tolist()
+        return [ids[:count] for ids, count in zip(proposals.tokens.tolist(), counts, strict=True)]
+
+    def ask(self, rows: np.ndarray, context: Tensor, finished: Sequence[int], k: int, version: int) -> Proposals | None:
+        """The same for `ROW` records without hashes, whose features have been projected; None without proposals."""
+        return self._exchange(version, k, lambda c, k, end: c.exchange(rows, context, finished, k=k, deadline=end))
+
+    def announce(self, announcement: Announcement) -> None:
+        """Tell a draft that queues announced steps of one to come; nothing happens if there is no such draft."""
+        with self._lock:
+            connection, config = self._connection, self._config
+            if connection is None or config is None or not connection.hello.takes_announcements:
+                return
+            k = min(announcement.num_speculative_tokens, self.num_speculative_tokens)
+            if connection.hello.draft_version != announcement.draft_version or not k:
+                return
+            try:
+                connection.announce(
+                    replace(announcement, num_speculative_tokens=k), time.monotonic() + config.timeout_ms / 1000
+                )
+            except OSError as error:
+                self._fail_step(error)
+
+    def _exchange(
+        self, version: int | None, k: int | None, ask: Callable[[DraftConnection, int, float], Proposals]
+    ) -> Proposals | None:
+        """One step within the deadline; None if there is no draft (of this version), or it fails."""
         with self._lock:
             most, hello = self.num_speculative_tokens, self.hello
             if self._connection is None or self._config is None or hello is None or not most:
-                return [[] for _ in rows]
+                return None
             if version not in (None, hello.draft_version):
-                return [[] for _ in rows]
-            k = most if k is None else min(k, most)
-            if not k:
-                rows, k = [replace(row, last_token=-1) for row in rows], 1
+                return None
             started = time.monotonic()
             deadline = started + self._config.timeout_ms / 1000
-            ask = self._connection.propose if version is None else self._connection.exchange
             try:
-                proposals = ask(rows, features, finished, k=k, deadline=deadline)
+                proposals = ask(self._connection, most if k is None else max(min(k, most), 1), deadline)
             except DraftReplacedError:
                 self._greet_anew()
-                return [[] for _ in rows]
+                return None
             except (OSError, WireError) as error:
                 self._fail_step(error)
-                return [[] for _ in rows]
+                return None
             self._failed_steps = 0
             self._count(self._connection, proposals, time.monotonic() - started)
-        counts = proposals.counts.tolist()
-        return [ids[:count] for ids, count in zip(proposals.tokens.tolist(), counts, strict=True)]
+        return proposals
 
     def _keep_connected(self) -> None:
         while not self._closing:

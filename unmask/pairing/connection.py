@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from unmask.errors import WireError
+from unmask.pairing.announcement import Announcement, encode_announcement
 from unmask.pairing.channel import Channel
 from unmask.pairing.handshake import authenticate_as_target, read_secret
 from unmask.pairing.hello import Hello, TargetShape, decode_hello
 from unmask.pairing.link_file import LinkConfig
 from unmask.pairing.wire import (
     MAX_MESSAGE_BYTES,
+    NO_HASHES,
     Kind,
     Proposals,
     Step,
@@ -78,26 +80,38 @@ class DraftConnection:
 
         Raises WireError, OSError, DraftReplacedError.
         """
-        return self.exchange(rows, self._projection(features), finished, k=k, deadline=deadline)
+        context = self._projection(features)
+        return self.exchange(pack_rows(rows), context, finished, hashes=pack_hashes(rows), k=k, deadline=deadline)
 
     def exchange(
-        self, rows: Sequence[ProposalRow], context: Tensor, finished: Sequence[int], *, k: int, deadline: float
+        self,
+        rows: np.ndarray,
+        context: Tensor,
+        finished: Sequence[int],
+        *,
+        k: int,
+        deadline: float,
+        hashes: np.ndarray = NO_HASHES,
     ) -> Proposals:
-        """Send rows that this draft's projection has made [T, H], and wait for the proposals (see `propose`)."""
+        """Send `ROW` records, whose features this draft's projection has made [T, H], and wait (see `propose`)."""
         self._steps += 1
         step = Step(
             draft_version=self.hello.draft_version,
             epoch=self._epoch,
             number=self._steps,
             num_speculative_tokens=k,
-            rows=pack_rows(rows),
+            rows=rows,
             features=context.to("cpu", self.hello.projection.fc.dtype),
             finished=np.array(finished, dtype="<u8"),
-            page_hashes=pack_hashes(rows),
+            page_hashes=hashes,
         )
         self.channel.send(Kind.STEP, encode_step(step), deadline)
         payload = _receive(self.channel, Kind.PROPOSALS, MAX_MESSAGE_BYTES, deadline)
         return decode_proposals(payload, step, self.hello.vocab_size)
+
+    def announce(self, announcement: Announcement, deadline: float) -> None:
+        """Let the draft queue a step that will be sent. Raises OSError."""
+        self.channel.send(Kind.ANNOUNCE, encode_announcement(announcement), deadline)
 
     def close(self) -> None:
         """Hang up."""

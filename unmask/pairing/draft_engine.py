@@ -184,6 +184,11 @@ class DraftEngine:
                 self._cache.tables.free((session, request))
             yield self._queue_ahead(session, control, end)
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether steps can be queued before their rows are known."""
+        return isinstance(self._blocks, GraphedBlocks)
+
     def prepare_ahead(self, end: StreamEnd, number: int) -> None:
         """Compile what `ahead` needs, on a mailbox whose step `number` has been answered."""
         with self._lock:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from unmask.errors import UserError
+from unmask.pairing.announcement import Announcement
 from unmask.pairing.client import DraftLink
 from unmask.pairing.hello import Hello, TargetShape
 from unmask.pairing.link_file import read_link_file
@@ -132,6 +133,37 @@ class DraftFleet:
                 proposals[i] = ids
         self._sum_up()
         return proposals
+
+    def ask(
+        self, rows: np.ndarray, context: Tensor, finished: Sequence[int], k: int, version: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The same for `ROW` records without hashes, whose features have been projected.
+
+        Returns:
+            int32 ids [R, k], and how many of each row are valid [R].
+        """
+        tokens, counts = np.zeros((len(rows), k), dtype=np.int32), np.zeros(len(rows), dtype=np.uint8)
+        if len(self.links) == 1:
+            # Nothing to choose from, and no objects to make.
+            for request in finished:
+                self._home.pop(request, None)
+            self._home.update(dict.fromkeys(rows["request"].tolist(), 0))
+            proposals = self.links[0].ask(rows, context, finished, k, version)
+            if proposals is not None:
+                tokens[:, : proposals.tokens.shape[1]], counts = proposals.tokens, proposals.counts
+            return tokens, counts
+        named = [
+            ProposalRow(request=request, start=start, num_features=count, last_token=last)
+            for request, start, count, last, _ in rows.tolist()
+        ]
+        for i, ids in enumerate(self.propose(named, context, finished, k, version)):
+            tokens[i, : len(ids)], counts[i] = ids, len(ids)
+        return tokens, counts
+
+    def announce(self, announcement: Announcement) -> None:
+        """See `DraftLink.announce`. With several drafts nobody knows yet which of them will be asked for whom."""
+        if len(self.links) == 1:
+            self.links[0].announce(announcement)
 
     def _assign(self, rows: Sequence[ProposalRow], version: int | None) -> list[int]:
         """The draft of each row, by index."""

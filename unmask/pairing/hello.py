@@ -39,6 +39,8 @@ class Hello:
     layer_ids: tuple[int, ...]
     """0-based target blocks whose outputs are the features, as in `DFlashConfig.target_layer_ids`."""
     projection: Projection
+    takes_announcements: bool = False
+    """Whether steps that are announced are queued ahead of their rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +115,7 @@ def encode_hello(hello: Hello) -> list[Buffer]:
         len(hello.layer_ids),
         hello.block_size,
         DTYPES.index(fc.dtype),
-        0,
+        int(hello.takes_announcements),
     )
     return [header, np.array(hello.layer_ids, dtype="<u2").tobytes(), tensor_bytes(fc), tensor_bytes(norm)]
 
@@ -122,9 +124,9 @@ def decode_hello(payload: Buffer) -> Hello:
     """Read a HELLO payload; the weights are copies. Raises WireError."""
     if len(payload) < _HELLO.size:
         raise WireError("a HELLO message is cut short")
-    version, digest, eps, vocab_size, hidden, num_layers, block_size, code, reserved = _HELLO.unpack_from(payload)
+    version, digest, eps, vocab_size, hidden, num_layers, block_size, code, flags = _HELLO.unpack_from(payload)
     dtype = dtype_of(code)
-    if reserved or not (1 <= num_layers <= _MAX_LAYERS and 1 <= hidden <= _MAX_WIDTH and block_size >= 2 and eps > 0):
+    if flags > 1 or not (1 <= num_layers <= _MAX_LAYERS and 1 <= hidden <= _MAX_WIDTH and block_size >= 2 and eps > 0):
         raise WireError("a HELLO message with impossible sizes")
     fc_at = _HELLO.size + 2 * num_layers
     norm_at = fc_at + num_layers * hidden * hidden * dtype.itemsize
@@ -142,6 +144,7 @@ def decode_hello(payload: Buffer) -> Hello:
             norm=read_tensor(payload, dtype, (hidden,), norm_at).clone(),
             eps=eps,
         ),
+        takes_announcements=bool(flags),
     )
 
 

@@ -18,7 +18,7 @@ from unmask.pairing.mailbox import Control, Mailbox
 from unmask.pairing.mailbox_reader import Asked, no_proposals
 from unmask.pairing.mailbox_words import LATE, REPLY
 from unmask.pairing.stream_end import StreamEnd
-from unmask.pairing.stream_words import PinnedMailbox
+from unmask.pairing.stream_words import HostWords, PinnedMailbox
 from unmask.pairing.wire import Proposals, Step
 
 logger = logging.getLogger(__name__)
@@ -72,11 +72,11 @@ class LocalDrafting:
     def open(self, mailbox: Mailbox) -> None:
         """Take up a mailbox. On a GPU its steps are queued behind their doorbells while no other target asks."""
         weights = self._engine.weights
-        if not weights.is_cuda:
+        if not self._engine.runs_ahead:
             return
         try:
-            with torch.cuda.device(weights.device):
-                end = StreamEnd(mailbox, PinnedMailbox(mailbox))
+            with torch.cuda.device_of(weights):
+                end = StreamEnd(mailbox, PinnedMailbox(mailbox) if weights.is_cuda else HostWords(mailbox))
                 self._engine.prepare_ahead(end, mailbox.word(REPLY))
         except ConfigError as error:
             logger.warning("steps are drafted once their doorbell has rung: %s", error)

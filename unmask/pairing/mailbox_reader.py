@@ -15,6 +15,7 @@ from unmask.pairing.hello import Hello
 from unmask.pairing.mailbox import Control, Mailbox
 from unmask.pairing.mailbox_target import write_offer
 from unmask.pairing.mailbox_words import ALIVE, CONTROL, DOORBELL, REPLY, SERVING, STEP_MASK, TAKEN, is_reached
+from unmask.pairing.polling import sharpen_timer
 from unmask.pairing.stream_end import StreamEnd
 from unmask.pairing.wire import ROW
 
@@ -140,10 +141,11 @@ class MailboxService:
     Args:
         mailbox: the target's.
         proposer: what drafts.
+        offers: whether the target has to be told of the draft's projection.
     """
 
-    def __init__(self, mailbox: Mailbox, proposer: Proposer) -> None:
-        self._mailbox, self._proposer = mailbox, proposer
+    def __init__(self, mailbox: Mailbox, proposer: Proposer, *, offers: bool = True) -> None:
+        self._mailbox, self._proposer, self._offers = mailbox, proposer, offers
         self._reader = MailboxReader(mailbox)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mailbox", daemon=True)
@@ -169,11 +171,12 @@ class MailboxService:
 
     def _run(self) -> None:
         attentive_until = look_at = 0.0
+        sharpen_timer()
         try:
             while not self._closing.is_set():
                 self._show_life()
                 now = time.monotonic()
-                if now >= look_at:
+                if self._offers and now >= look_at:
                     self._offer()
                     look_at = now + _LOOK_S
                 if self._look():

@@ -15,14 +15,15 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from unmask.errors import WireError
 from unmask.models.dflash import DFlashDraft
+from unmask.pairing.announcement import Announcement, decode_announcement
 from unmask.pairing.batcher import Batcher
 from unmask.pairing.channel import UNIX_PREFIX, Channel, listen
 from unmask.pairing.draft_engine import DraftEngine
@@ -30,6 +31,7 @@ from unmask.pairing.handshake import authenticate_as_draft
 from unmask.pairing.hello import encode_hello
 from unmask.pairing.local_drafting import LocalDrafting
 from unmask.pairing.mailbox_folder import MailboxFolder
+from unmask.pairing.relay import Relay
 from unmask.pairing.request_log import DraftedRequest
 from unmask.pairing.wire import (
     MAX_MESSAGE_BYTES,
@@ -119,6 +121,7 @@ class DraftServer:
         self._idle: dict[int, threading.Event] = {}
         self._numbers = itertools.count()
         self._refused = 0
+        self._relays = self._engine.weights.is_cuda
         self._mailboxes = MailboxFolder(mailbox_folder, self._local_drafting) if mailbox_folder else None
 
     def start(self) -> None:
@@ -205,7 +208,8 @@ class DraftServer:
         with closing(channel):
             try:
                 authenticate_as_draft(channel, self._secret, time.monotonic() + _HANDSHAKE_S)
-                channel.send(Kind.HELLO, encode_hello(self._engine.hello), time.monotonic() + _HELLO_S)
+                hello = replace(self._engine.hello, takes_announcements=self._relays)
+                channel.send(Kind.HELLO, encode_hello(hello), time.monotonic() + _HELLO_S)
                 with self._session() as session:
                     self._read_steps(session, channel)
             except WireError as error:
@@ -235,7 +239,7 @@ class DraftServer:
                 del self._idle[number]
 
     def _read_steps(self, session: int, channel: Channel) -> None:
-        idle = self._idle[session]
+        idle, relay = self._idle[session], None
 
         def answer(reply: Proposals | None) -> None:
             if reply is None:
@@ -244,18 +248,34 @@ class DraftServer:
                 _send(channel, reply)
             idle.set()
 
-        while True:
-            _, payload = channel.receive([Kind.STEP], MAX_MESSAGE_BYTES)
-            step = decode_step(payload)
-            self._engine.check(step)
-            idle.clear()
-            if self._stopping:
-                # `_hang_up` may have run before `clear`: nobody would answer.
-                idle.set()
-                return
-            self._batcher.submit(session, step, answer)
-            # The step's features are views of the channel's buffer: read on only when they have been used.
-            idle.wait()
+        with ExitStack() as on_end:
+            while True:
+                kind, payload = channel.receive([Kind.STEP, Kind.ANNOUNCE], MAX_MESSAGE_BYTES)
+                if kind is Kind.ANNOUNCE:
+                    announcement = decode_announcement(payload)
+                    if self._relays and relay is None:
+                        relay = self._new_relay(announcement)
+                        on_end.callback(relay.close)
+                    if relay is not None:
+                        relay.announce(announcement)
+                    continue
+                step = decode_step(payload)
+                self._engine.check(step)
+                idle.clear()
+                if self._stopping:
+                    # `_hang_up` may have run before `clear`: nobody would answer.
+                    idle.set()
+                    return
+                if relay is None:
+                    self._batcher.submit(session, step, answer)
+                    # The step's features are views of the channel's buffer: read on only when they have been used.
+                    idle.wait()
+                else:
+                    answer(relay.answer(step) if step.draft_version == self._engine.version else None)
+
+    def _new_relay(self, announcement: Announcement) -> Relay:
+        weights = self._engine.weights
+        return Relay(self._local_drafting(), announcement, weights.shape[0], weights.dtype)
 
     def _hang_up(self) -> None:
         """End every connection and take no more. Also run when the engine has died: targets shall notice at once."""

@@ -19,14 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
+from unmask.pairing.announcement import Announcement
 from unmask.pairing.fleet import DraftFleet
 from unmask.pairing.hello import NO_DIGEST, Hello, TargetShape
 from unmask.pairing.link_file import read_link_file
 from unmask.pairing.mailbox import Control, Mailbox
-from unmask.pairing.mailbox_reader import Asked, MailboxService, no_proposals
+from unmask.pairing.mailbox_reader import Asked, MailboxService
 from unmask.pairing.status import LinkStatus
 from unmask.pairing.stream_end import StreamEnd
-from unmask.types import ProposalRow
 
 
 class Sidecar:
@@ -47,6 +47,7 @@ class Sidecar:
         box = Mailbox(mailbox)
         status = LinkStatus(read_link_file(link_file).status_file)
         self.fleet = DraftFleet(link_file, shape, box.layout.max_k, status=status)
+        self._layout = box.layout
         self._service = MailboxService(box, self)
 
     def start(self) -> None:
@@ -71,18 +72,21 @@ class Sidecar:
 
     def propose(self, asked: Asked) -> tuple[np.ndarray, np.ndarray]:
         """See `Proposer.propose`; the rows are sent from where the GPU has put them."""
-        rows = [
-            ProposalRow(request=request, start=start, num_features=count, last_token=last)
-            for request, start, count, last, _ in asked.rows.tolist()
-        ]
-        proposals = self.fleet.propose(rows, asked.features, asked.finished, asked.k, asked.draft_version)
-        tokens, counts = no_proposals(asked)
-        for i, ids in enumerate(proposals):
-            tokens[i, : len(ids)], counts[i] = ids, len(ids)
-        return tokens, counts
+        return self.fleet.ask(asked.rows, asked.features, asked.finished, asked.k, asked.draft_version)
 
     def ahead(self, control: Control, finished: Sequence[int], await_end: Callable[[StreamEnd], float]) -> bool:
-        """See `Proposer.ahead`: what is sent must have been written."""
+        """See `Proposer.ahead`: what is sent must have been written, but a draft on a GPU can be told of it."""
+        self.fleet.announce(
+            Announcement(
+                draft_version=control.draft_version,
+                num_speculative_tokens=control.num_speculative_tokens,
+                requests=control.requests,
+                finished=np.array(finished, dtype=np.uint64),
+                longest=control.longest,
+                max_requests=self._layout.max_requests,
+                max_rows=self._layout.max_rows,
+            )
+        )
         return False
 
     def forget(self) -> None:

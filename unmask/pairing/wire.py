@@ -22,7 +22,7 @@ from torch import Tensor
 from unmask.errors import WireError
 from unmask.types import ProposalRow
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_MESSAGE_BYTES = 512 * 2**20
 """No frame is larger, except the draft's HELLO, whose size the target computes beforehand."""
 MAX_ROWS = 8192
@@ -44,11 +44,14 @@ _REASON_BYTES = 256
 
 FRAME_BYTES = _FRAME.size
 
+NO_HASHES = np.empty(0, dtype="<u8")
+"""Page hashes of rows without any."""
+
 Buffer = bytes | bytearray | memoryview
 
 
 class Kind(enum.IntEnum):
-    """What a frame holds, in the order in which a connection sees them."""
+    """What a frame holds."""
 
     CHALLENGE = 1
     AUTHENTICATE = 2
@@ -58,6 +61,7 @@ class Kind(enum.IntEnum):
     PROPOSALS = 6
     REFUSAL = 7
     REPLACED = 8
+    ANNOUNCE = 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +86,7 @@ class Step:
     rows: np.ndarray
     features: Tensor
     finished: np.ndarray
-    page_hashes: np.ndarray = field(default_factory=lambda: np.empty(0, dtype="<u8"))
+    page_hashes: np.ndarray = field(default_factory=lambda: NO_HASHES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

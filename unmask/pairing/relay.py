@@ -1,0 +1,139 @@
+"""Steps that come over the wire, laid into a mailbox of the draft's own host as a target's GPU would lay them.
+
+The draft then serves a target of another host as it serves one of its own: it queues what has been announced, and
+starts when the rows are there.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from unmask.errors import WireError
+from unmask.pairing.announcement import Announcement
+from unmask.pairing.local_drafting import LocalDrafting
+from unmask.pairing.mailbox import Control, Mailbox
+from unmask.pairing.mailbox_folder import private_folder
+from unmask.pairing.mailbox_layout import Layout
+from unmask.pairing.mailbox_reader import MailboxService
+from unmask.pairing.mailbox_words import BEGUN, DOORBELL, REPLY, STEP_MASK, TAKEN, is_reached, signed
+from unmask.pairing.polling import sharpen_timer
+from unmask.pairing.wire import MAX_MESSAGE_BYTES, MAX_SPECULATIVE_TOKENS, Proposals, Step
+
+_POLL_S = 2e-5
+_LIMIT_S = 30.0
+
+
+class Relay:
+    """The steps of one connection; all calls from the thread that reads it.
+
+    Args:
+        drafting: what answers them; closed with the relay.
+        announcement: the first.
+        width, dtype: of feature rows.
+
+    Raises:
+        WireError: the worker announces more than a message holds.
+    """
+
+    def __init__(self, drafting: LocalDrafting, announcement: Announcement, width: int, dtype: torch.dtype) -> None:
+        self._layout = Layout(
+            max_requests=announcement.max_requests,
+            max_rows=announcement.max_rows,
+            width=width,
+            dtype=dtype,
+            max_k=MAX_SPECULATIVE_TOKENS,
+        )
+        if self._layout.num_bytes > MAX_MESSAGE_BYTES:
+            raise WireError(f"steps of up to {announcement.max_rows} rows are announced, more than a message holds")
+        folder = private_folder(Path("/dev/shm") / f"unmask-{os.getuid()}")  # noqa: S108 - private to this user
+        self._box = Mailbox.create(folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.relay", self._layout)
+        # Both ends have it mapped already: nobody else shall find it.
+        self._box.remove()
+        self._drafting = drafting
+        drafting.open(self._box)
+        self._service = MailboxService(self._box, drafting, offers=False)
+        self._service.start()
+        self._number = self._box.word(REPLY)
+        self._announced: Announcement | None = None
+        sharpen_timer()
+
+    def close(self) -> None:
+        """Serve nothing more."""
+        self._service.close()
+        self._drafting.close()
+
+    def announce(self, announcement: Announcement) -> None:
+        """Let the draft queue a step. One that was announced before and has not come will not come any more."""
+        if len(announcement.requests) > self._layout.max_requests:
+            raise WireError("more requests than were announced")
+        self._let_go()
+        self._number = (self._number + 1) & STEP_MASK
+        self._announced = announcement
+        self._box.post(
+            Control(
+                number=self._number,
+                num_speculative_tokens=announcement.num_speculative_tokens,
+                draft_version=announcement.draft_version,
+                requests=announcement.requests,
+                finished=announcement.finished[: self._layout.max_requests],
+                longest=announcement.longest,
+            )
+        )
+
+    def answer(self, step: Step) -> Proposals:
+        """Proposals for a step whose rows have come, announced or not. Raises WireError."""
+        if self._announced is None or not self._announced.matches(step):
+            self.announce(self._announcement_of(step))
+        box, number, num_rows = self._box, self._number, len(step.rows)
+        if len(step.features) > self._layout.max_rows:
+            raise WireError("more feature rows than were announced")
+        box.set_word(BEGUN, number)
+        for column, name in enumerate(("start", "num_features", "last_token")):
+            box.rows[:num_rows, column] = step.rows[name]
+        box.rows[:num_rows, 3] = signed(number)
+        box.features[: len(step.features)].copy_(step.features)
+        box.set_word(DOORBELL, number)
+        self._await(REPLY, number)
+        self._announced = None
+        words = box.tokens[:num_rows, : step.num_speculative_tokens]
+        valid = np.logical_and.accumulate(words >> 32 == signed(number), axis=1)
+        return Proposals(
+            draft_version=step.draft_version,
+            epoch=step.epoch,
+            number=step.number,
+            counts=valid.sum(axis=1).astype(np.uint8),
+            tokens=np.where(valid, words & STEP_MASK, 0).astype(np.int32),
+        )
+
+    def _announcement_of(self, step: Step) -> Announcement:
+        return Announcement(
+            draft_version=step.draft_version,
+            num_speculative_tokens=step.num_speculative_tokens,
+            requests=step.rows["request"],
+            finished=step.finished,
+            longest=int(step.rows["num_features"].max(initial=0)),
+            max_requests=self._layout.max_requests,
+            max_rows=self._layout.max_rows,
+        )
+
+    def _let_go(self) -> None:
+        """End a step that was announced and has not come: without rows of its own it is answered with nothing."""
+        if self._announced is not None:
+            self._box.set_word(DOORBELL, self._number)
+            self._await(TAKEN, self._number)
+            self._box.release(self._number)
+            self._announced = None
+
+    def _await(self, word: int, number: int) -> None:
+        limit = time.monotonic() + _LIMIT_S
+        while not is_reached(self._box.word(word), number):
+            if time.monotonic() > limit or not self._service.is_alive:
+                self._box.release(number)
+                return
+            time.sleep(_POLL_S)
