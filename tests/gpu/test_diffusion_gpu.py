@@ -12,6 +12,7 @@ from unmask.decoding.decoder import Decoder
 from unmask.decoding.dparallel import DParallel, DParallelConfig
 from unmask.decoding.engine import DiffusionEngine, EngineConfig
 from unmask.decoding.generate import generate
+from unmask.decoding.logits import Logits, digest_reference
 from unmask.decoding.threshold import Threshold, ThresholdConfig
 from unmask.masking.attention import Full
 from unmask.masking.block_causal import BlockCausal
@@ -29,6 +30,25 @@ def exact_matmul() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("vocab_size", [5, 97, 49152, 126464])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-4)])
+def test_one_pass_over_the_vocabulary_equals_the_reference(
+    vocab_size: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    raw = (6 * torch.randn(3, 7, vocab_size, generator=generator, device="cuda")).to(dtype)
+    raw[0, 0] = -torch.inf
+    raw[0, 0, 3] = 2.0
+    raw[1, 1] = 0.0
+    for forbidden in (None, 0, vocab_size - 1, vocab_size + 5):
+        found = Logits(raw, forbidden)
+        best, logsumexp, entropy = digest_reference(found.values_BKV)
+        assert torch.equal(found.values_BKV.gather(-1, found.best_BK[..., None]), found.values_BKV.max(-1, True).values)
+        torch.testing.assert_close(found.entropy_BK, entropy, atol=1e-4, rtol=1e-4)
+        chosen = found.values_BKV.gather(-1, best[..., None])[..., 0]
+        torch.testing.assert_close(found.probability(best), (chosen - logsumexp).exp(), atol=1e-4, rtol=1e-4)
 
 
 def decoders() -> dict[str, Decoder]:

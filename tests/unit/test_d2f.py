@@ -143,11 +143,11 @@ def test_blocks_that_finish_out_of_order_are_cached_in_order() -> None:
     decoder = d2f(NETWORKS["dream"])
     state = decoder.admit(request(3, 12), slot=0)
     state.blocks = [
-        Block(0, 3, Stage.IN_CACHE),
-        Block(3, 7, fully_activated=True),
-        Block(7, 11),
+        Block(0, 3, num_masked=0, stage=Stage.IN_CACHE),
+        Block(3, 7, num_masked=4, fully_activated=True),
+        Block(7, 11, num_masked=0),
     ]
-    state.cached = 3
+    state.cached, state.num_cached = 3, 1
     state.tokens[7:11] = 1
     window = decoder.window(state)
     assert (window.start, window.stop, window.open_start) == (3, 11, 3)

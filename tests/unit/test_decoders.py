@@ -12,10 +12,11 @@ from tests import diffusion_references as reference
 from tests.diffusion_tools import EOS, MASK, VOCAB, request, tiny
 from unmask.decoding.decoder import Decoder
 from unmask.decoding.generate import generate
+from unmask.decoding.logits import Logits
 from unmask.decoding.noise import gumbel_noise
 from unmask.decoding.registry import build_decoder
 from unmask.decoding.request import DecodeRequest
-from unmask.decoding.selection import Sampling, choose, entropy, nucleus, tempered
+from unmask.decoding.selection import Sampling, choose, nucleus, tempered
 from unmask.errors import ConfigError, PromptError
 from unmask.masking.attention import Full
 from unmask.models.transformer import DiffusionLM
@@ -234,14 +235,17 @@ def test_a_greedy_row_is_greedy_beside_a_sampled_one() -> None:
     logits = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(1))
     columns = torch.arange(3).expand(2, -1)
     sampling = Sampling(torch.tensor([0.0, 5.0]), torch.tensor([0.1, 0.9]), torch.tensor([1, 2]), nucleus=True)
-    tokens = choose(logits, columns, sampling)
+    tokens = choose(Logits(logits, None), columns, sampling)
     assert torch.equal(tokens[0], logits[0].argmax(-1))
     assert not torch.equal(tokens[1], logits[1].argmax(-1))
 
 
 def test_entropy_survives_a_forbidden_token() -> None:
-    logits = torch.tensor([[[0.0, 0.0, -torch.inf]]])
-    assert entropy(logits).item() == pytest.approx(np.log(2))
+    logits = Logits(torch.tensor([[[0.0, 0.0, 7.0]]]), 2)
+    assert logits.entropy_BK.item() == pytest.approx(np.log(2))
+    assert logits.probability(logits.best_BK).item() == pytest.approx(0.5)
+    assert logits.margin_BK.item() == pytest.approx(0, abs=1e-6)
+    assert (logits.best_BK, logits.values_BKV[0, 0, 2]) == (0, -torch.inf)
 
 
 def test_a_sampled_response_repeats_with_its_seed() -> None:

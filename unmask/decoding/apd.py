@@ -13,8 +13,9 @@ import torch
 
 from unmask.decoding.batch import Batch, Window
 from unmask.decoding.decoder import Caches, Decoder, require, require_attention
+from unmask.decoding.logits import Logits
 from unmask.decoding.request import DecodeRequest
-from unmask.decoding.selection import Sampling, forbid, nucleus, row_noise, tempered
+from unmask.decoding.selection import Sampling, nucleus, row_noise, tempered
 from unmask.denoiser import DecodeState, Denoiser
 from unmask.masking.attention import Causal, Full
 
@@ -81,7 +82,7 @@ class APD(Decoder[AdaptiveState]):
 
     def step(self, batch: Batch, caches: Caches) -> torch.Tensor:
         """One step of algorithm 1 for every row."""
-        z_d = self.denoise(batch, Full(batch.visible_B), caches)[..., : self.shared_vocab]  # 1
+        z_d = self.denoise(batch, Full(batch.visible_B), caches).values_BKV[..., : self.shared_vocab]  # 1
         if batch.sampling is None:
             x, y = self._greedy(z_d, batch, caches)
         else:
@@ -134,7 +135,7 @@ class APD(Decoder[AdaptiveState]):
             cache=self.view(self.verifier, batch, caches),
             logits_at=batch.open_columns_BK,
         )
-        return forbid(logits[..., : self.shared_vocab], self.denoiser.mask_id)
+        return Logits(logits[..., : self.shared_vocab], self.denoiser.mask_id).values_BKV
 
     def _mix(self, diffusion: torch.Tensor, causal: torch.Tensor) -> torch.Tensor:
         """R * diffusion + (1 - R) * causal; the pure ends avoid 0 * inf."""

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
+import numpy as np
 import torch
 
 from unmask.decoding.batch import Batch, Window
 from unmask.decoding.decoder import Caches, Decoder, require, require_attention
+from unmask.decoding.logits import Logits
 from unmask.decoding.request import DecodeRequest
-from unmask.decoding.selection import best_of, choose, entropy, margin, probability
+from unmask.decoding.selection import best_of, choose
 from unmask.denoiser import DecodeState, Denoiser
 from unmask.masking.block_causal import BlockCausal
 
@@ -69,9 +71,16 @@ class Block:
 
     start: int
     stop: int
+    num_masked: int
+    """Columns that wait for their token."""
     stage: Stage = Stage.ACTIVE
     fully_activated: bool = False
     """Sticky: from now on every forward commits at least one of its tokens."""
+
+    @property
+    def ratio(self) -> float:
+        """Committed share."""
+        return 1 - self.num_masked / (self.stop - self.start)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,16 +88,15 @@ class PipelineState(DecodeState):
     """A row and its blocks, in order."""
 
     blocks: list[Block]
-
-    def ratio(self, block: Block) -> float:
-        """Committed share of a block."""
-        committed = int((self.tokens[block.start : block.stop] != self.mask_id).sum())
-        return committed / (block.stop - block.start)
+    num_cached: int = 0
+    """Blocks at the front that are in the cache."""
+    has_ended: bool = False
+    """Whether a stop id has been committed anywhere, and the request wants to end there."""
 
     @property
     def active(self) -> list[Block]:
         """Blocks that are being denoised: the contiguous tail."""
-        return [block for block in self.blocks if block.stage is Stage.ACTIVE]
+        return [block for block in self.blocks[self.num_cached :] if block.stage is Stage.ACTIVE]
 
 
 class D2F(Decoder[PipelineState]):
@@ -112,7 +120,7 @@ class D2F(Decoder[PipelineState]):
     def admit(self, request: DecodeRequest, slot: int) -> PipelineState:
         """See Decoder. The prompt is cached by the first forward, which already denoises the first block."""
         request.check(self.denoiser)
-        prompt = Block(0, len(request.prompt_ids), Stage.TO_CACHE)
+        prompt = Block(0, len(request.prompt_ids), num_masked=0, stage=Stage.TO_CACHE)
         state = request.fresh_state(PipelineState, self.denoiser, slot, blocks=[prompt])
         self._open_blocks(state)
         return state
@@ -143,51 +151,59 @@ class D2F(Decoder[PipelineState]):
 
     def update(self, state: PipelineState, window: Window) -> None:
         """Steps 5 and 6 (what was fed clean is cached; complete blocks move on), then 1 to 3 of the next iteration."""
-        for block in state.blocks:
-            if block.stage is Stage.TO_CACHE:
-                block.stage = Stage.IN_CACHE
-                state.cached = block.stop if self.config.cache else 0
-        for block in state.active:
-            if state.is_masked(block.start, block.stop):
+        active = state.active
+        self._count(state, active, window)
+        for block in state.blocks[state.num_cached :]:
+            if block.stage is not Stage.TO_CACHE:
+                break
+            block.stage = Stage.IN_CACHE
+            state.num_cached += 1
+            state.cached = block.stop if self.config.cache else 0
+        for block in active:
+            if block.num_masked:
                 break
             block.stage = Stage.TO_CACHE
         self._drop_after_stop(state)
         state.commit_to(max(block.stop for block in state.blocks if block.stage is not Stage.ACTIVE))
         self._open_blocks(state)
-        if not state.active:
+        if state.blocks[-1].stage is not Stage.ACTIVE:
             state.finish_reason = "stop" if state.saw_stop else "length"
+
+    def _count(self, state: PipelineState, active: list[Block], window: Window) -> None:
+        """What the last forward committed."""
+        tokens = state.tokens[window.open_start : window.open_stop]
+        is_masked = tokens == state.mask_id
+        for block in active:
+            own = is_masked[block.start - window.open_start : block.stop - window.open_start]
+            block.num_masked = int(np.count_nonzero(own))
+        state.has_ended |= state.stop_at_eos and any(np.count_nonzero(tokens == stop) for stop in state.stop_ids)
 
     def _open_blocks(self, state: PipelineState) -> None:
         """Step 1, admission (at most one block), and step 2, activation."""
-        last = state.blocks[-1]
+        last, size = state.blocks[-1], self.config.block_size
         room = last.stop < state.length and len(state.active) < self.config.max_active_blocks
-        if room and state.ratio(last) >= self.config.tau_add and not self._has_ended(state):
-            state.blocks.append(Block(last.stop, min(last.stop + self.config.block_size, state.length)))
-        for before, block in itertools.pairwise(state.blocks):
+        if room and last.ratio >= self.config.tau_add and not state.has_ended:
+            stop = min(last.stop + size, state.length)
+            state.blocks.append(Block(last.stop, stop, num_masked=stop - last.stop))
+        for before, block in itertools.pairwise(state.blocks[max(state.num_cached - 1, 0) :]):
             if not block.fully_activated:
-                block.fully_activated = state.ratio(before) >= self.config.tau_act
-
-    @staticmethod
-    def _has_ended(state: PipelineState) -> bool:
-        return state.stop_at_eos and state.has_stop(state.prompt_len, state.length)
+                block.fully_activated = before.ratio >= self.config.tau_act
 
     def _drop_after_stop(self, state: PipelineState) -> None:
         """Blocks after a complete block that holds a stop id cannot be part of the answer, nor change it."""
-        if not self._has_ended(state):
+        if not state.has_ended:
             return
         for index, block in enumerate(state.blocks[1:], start=1):
-            if state.has_stop(block.start, block.stop) and not state.is_masked(block.start, block.stop):
+            if not block.num_masked and state.has_stop(block.start, block.stop):
                 del state.blocks[index + 1 :]
                 state.tokens[block.stop :] = state.mask_id
                 state.commit_step[block.stop - state.prompt_len :] = 0
                 return
 
-    def _certainty(self, logits_BKV: torch.Tensor, tokens_BK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _certainty(self, logits: Logits, tokens_BK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Which tokens are sure (bool [B, K]), and the score by which a block that must move picks one."""
-        confidence = probability(logits_BKV, tokens_BK)
-        by_entropy = self.config.tau_entropy is not None or self.config.fallback == "entropy"
-        certainty = -entropy(logits_BKV) if by_entropy else confidence
-        tau = self.config.tau_entropy
-        sure = confidence > self.config.tau_conf if tau is None else certainty >= -tau
-        ranks = {"probability": confidence, "entropy": certainty}
-        return sure, margin(logits_BKV) if self.config.fallback == "margin" else ranks[self.config.fallback]
+        tau, fallback = self.config.tau_entropy, self.config.fallback
+        sure = logits.probability(tokens_BK) > self.config.tau_conf if tau is None else logits.entropy_BK <= tau
+        if fallback == "margin":
+            return sure, logits.margin_BK
+        return sure, logits.probability(tokens_BK) if fallback == "probability" else -logits.entropy_BK

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from unmask.decoding.batch import Batch, Window
+from unmask.decoding.logits import Logits
 from unmask.decoding.request import DecodeRequest
-from unmask.decoding.selection import forbid
 from unmask.denoiser import Attention, DecodeState, Denoiser, MaskSpec
 from unmask.errors import ConfigError
 from unmask.models.cache import CacheView, KVCache
@@ -66,11 +66,11 @@ class Decoder(ABC, Generic[S]):
             return None
         return caches[model].select(batch.rows_B, batch.shape.num_keys, leading=batch.shape.leading)
 
-    def denoise(self, batch: Batch, mask: MaskSpec, caches: Caches) -> torch.Tensor:
-        """One forward of the denoiser: float32 logits [B, K, V] of the read columns, the mask token forbidden."""
+    def denoise(self, batch: Batch, mask: MaskSpec, caches: Caches) -> Logits:
+        """One forward of the denoiser: the logits of the read columns, the mask token forbidden."""
         cache = self.view(self.denoiser, batch, caches)
         logits = self.denoiser(batch.ids_BT, batch.columns_BT, mask=mask, cache=cache, logits_at=batch.open_columns_BK)
-        return forbid(logits, self.denoiser.mask_id)
+        return Logits(logits, self.denoiser.mask_id)
 
 
 def require_attention(denoiser: Denoiser, attention: Attention, name: str) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from unmask.decoding.decoder import require
-from unmask.decoding.selection import best_of, entropy
+from unmask.decoding.logits import Logits
+from unmask.decoding.selection import best_of
 from unmask.decoding.semi_autoregressive import BlockConfig, SemiAutoregressive
 from unmask.denoiser import Denoiser
 
@@ -31,7 +32,6 @@ class DParallel(SemiAutoregressive):
         super().__init__(denoiser, config)
         self.threshold = config.threshold
 
-    def select(self, logits_BKV: torch.Tensor, tokens_BK: torch.Tensor, is_open_BK: torch.Tensor) -> torch.Tensor:
+    def select(self, logits: Logits, tokens_BK: torch.Tensor, is_open_BK: torch.Tensor) -> torch.Tensor:
         """See SemiAutoregressive."""
-        entropy_BK = entropy(logits_BKV)
-        return (entropy_BK <= self.threshold) | best_of(-entropy_BK, is_open_BK)
+        return (logits.entropy_BK <= self.threshold) | best_of(-logits.entropy_BK, is_open_BK)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from unmask.decoding.decoder import require
-from unmask.decoding.selection import probability
+from unmask.decoding.logits import Logits
 from unmask.decoding.semi_autoregressive import BlockConfig, SemiAutoregressive
 from unmask.denoiser import Denoiser
 
@@ -32,8 +32,8 @@ class OneToken(SemiAutoregressive):
         super().__init__(denoiser, config)
         self.tokens_per_forward = config.tokens_per_forward
 
-    def select(self, logits_BKV: torch.Tensor, tokens_BK: torch.Tensor, is_open_BK: torch.Tensor) -> torch.Tensor:
+    def select(self, logits: Logits, tokens_BK: torch.Tensor, is_open_BK: torch.Tensor) -> torch.Tensor:
         """The n most confident columns, n = tokens_per_forward."""
-        confidence = probability(logits_BKV, tokens_BK).masked_fill(~is_open_BK, -torch.inf)
+        confidence = logits.probability(tokens_BK).masked_fill(~is_open_BK, -torch.inf)
         best = confidence.topk(self.tokens_per_forward, dim=-1).indices
         return torch.zeros_like(is_open_BK).scatter(-1, best, True)

@@ -1,4 +1,4 @@
-"""What decoders share on the device: forbid the mask token, choose a token a column, measure certainty.
+"""What decoders share on the device: choose a token a column, and the surest of them.
 
 Everything is float32, row-wise and free of synchronisation. Dimension letters: B rows, K read columns, V vocabulary.
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from unmask.decoding.logits import Logits
 from unmask.decoding.noise import gumbel_noise
 
 
@@ -23,14 +24,6 @@ class Sampling:
     seeds_B: torch.Tensor
     nucleus: bool
     """Whether any row has top_p < 1 (sorting the vocabulary is worth avoiding)."""
-
-
-def forbid(logits_BKV: torch.Tensor, token: int | None) -> torch.Tensor:
-    """Float32 logits in which `token` has probability 0: a mask token that is committed would never be denoised."""
-    logits_BKV = logits_BKV.to(torch.float32, copy=True)
-    if token is not None and token < logits_BKV.shape[-1]:
-        logits_BKV[..., token] = -torch.inf
-    return logits_BKV
 
 
 def tempered(logits_BKV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -57,30 +50,13 @@ def row_noise(sampling: Sampling, columns_BK: torch.Tensor, vocab_size: int) -> 
     return noise * (sampling.temperature_B > 0)[:, None, None]
 
 
-def choose(logits_BKV: torch.Tensor, columns_BK: torch.Tensor, sampling: Sampling | None) -> torch.Tensor:
+def choose(logits: Logits, columns_BK: torch.Tensor, sampling: Sampling | None) -> torch.Tensor:
     """A token for every column, int64 [B, K]: the likeliest one, or a sample by the Gumbel-max trick."""
     if sampling is None:
-        return logits_BKV.argmax(-1)
-    log_probs = nucleus(tempered(logits_BKV, sampling), sampling)
-    return (log_probs + row_noise(sampling, columns_BK, logits_BKV.shape[-1])).argmax(-1)
-
-
-def probability(logits_BKV: torch.Tensor, tokens_BK: torch.Tensor) -> torch.Tensor:
-    """softmax(z)[token], float32 [B, K]: the model's own confidence, whatever the sampling temperature."""
-    chosen = logits_BKV.gather(-1, tokens_BK[:, :, None])[:, :, 0]
-    return (chosen - logits_BKV.logsumexp(-1)).exp()
-
-
-def margin(logits_BKV: torch.Tensor) -> torch.Tensor:
-    """Probability of the likeliest token minus that of the second, float32 [B, K]."""
-    best = logits_BKV.topk(2, dim=-1).values
-    likeliest, second = (best - logits_BKV.logsumexp(-1, keepdim=True)).exp().unbind(-1)
-    return likeliest - second
-
-
-def entropy(logits_BKV: torch.Tensor) -> torch.Tensor:
-    """Entropy of softmax(z) in nats, float32 [B, K]."""
-    return torch.special.entr(logits_BKV.softmax(-1)).sum(-1)
+        return logits.best_BK
+    values = logits.values_BKV
+    log_probs = nucleus(tempered(values, sampling), sampling)
+    return (log_probs + row_noise(sampling, columns_BK, values.shape[-1])).argmax(-1)
 
 
 def best_of(score_BK: torch.Tensor, is_open_BK: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 
 from unmask.decoding.batch import Batch, Window
 from unmask.decoding.decoder import Caches, Decoder, require, require_attention
+from unmask.decoding.logits import Logits
 from unmask.decoding.request import DecodeRequest
 from unmask.decoding.selection import choose
 from unmask.denoiser import DecodeState, Denoiser
@@ -59,7 +60,7 @@ class SemiAutoregressive(Decoder[BlockState]):
         return self.config.block_size
 
     @abstractmethod
-    def select(self, logits_BKV: torch.Tensor, tokens_BK: torch.Tensor, is_open_BK: torch.Tensor) -> torch.Tensor:
+    def select(self, logits: Logits, tokens_BK: torch.Tensor, is_open_BK: torch.Tensor) -> torch.Tensor:
         """Which open columns to commit, bool [B, K]: at least one a row that has any."""
 
     def admit(self, request: DecodeRequest, slot: int) -> BlockState:

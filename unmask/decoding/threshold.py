@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from unmask.decoding.decoder import require
-from unmask.decoding.selection import best_of, probability
+from unmask.decoding.logits import Logits
+from unmask.decoding.selection import best_of
 from unmask.decoding.semi_autoregressive import BlockConfig, SemiAutoregressive
 from unmask.denoiser import Denoiser
 
@@ -35,9 +36,9 @@ class Threshold(SemiAutoregressive):
         super().__init__(denoiser, config)
         self.threshold, self.factor = config.threshold, config.factor
 
-    def select(self, logits_BKV: torch.Tensor, tokens_BK: torch.Tensor, is_open_BK: torch.Tensor) -> torch.Tensor:
+    def select(self, logits: Logits, tokens_BK: torch.Tensor, is_open_BK: torch.Tensor) -> torch.Tensor:
         """See SemiAutoregressive."""
-        confidence = probability(logits_BKV, tokens_BK)
+        confidence = logits.probability(tokens_BK)
         if self.factor is None:
             sure = confidence > self.threshold
         else:
