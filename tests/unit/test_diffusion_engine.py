@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -299,25 +301,55 @@ def limits(**changes: Any) -> Limits:
     return Limits(**{**wide, **changes})
 
 
-def test_rows_of_similar_width_share_a_forward() -> None:
+@pytest.mark.parametrize(
+    ("overhead", "expected"),
+    [
+        (0, [[60], [50], [33], [6, 4, 4]]),
+        (48, [[60, 50, 33], [6, 4, 4]]),
+        (1000, [[60, 50, 33, 6, 4, 4]]),
+    ],
+)
+def test_rows_share_a_forward_where_padding_costs_less(overhead: int, expected: list[list[int]]) -> None:
     items = [work("dual", width) for width in (4, 60, 6, 33, 50, 4)]
-    groups = group(items, limits())
-    assert [[item.window.width for item in members] for members in groups] == [[60, 50, 33], [6, 4, 4]]
+    groups = group(items, limits(), lambda decoder: overhead)
+    assert [[item.window.width for item in members] for members in groups] == expected
+
+
+@given(widths=st.lists(st.integers(1, 60), min_size=1, max_size=7), overhead=st.integers(0, 200), rounded=st.booleans())
+def test_no_other_cuts_cost_less(widths: list[int], overhead: int, rounded: bool) -> None:
+    bounds = limits(rows_power_of_two=rounded)
+
+    def cost(members: Sequence[Work]) -> int:
+        shape = bounds.shape_of(members)
+        return overhead + shape.num_rows * shape.width
+
+    items = sorted((work("dual", width) for width in widths), key=lambda item: -item.window.width)
+    found = sum(cost(members) for members in group(items, bounds, lambda decoder: overhead))
+    # Rows of one width stay together.
+    width = [bounds.shape_of([item]).width for item in items]
+    borders = [i for i in range(1, len(items)) if width[i] < width[i - 1]]
+    every = itertools.chain.from_iterable(itertools.combinations(borders, n) for n in range(len(borders) + 1))
+    least = min(sum(cost(items[a:b]) for a, b in itertools.pairwise([0, *cuts, len(items)])) for cuts in every)
+    assert found == least
+
+
+def test_rows_of_similar_width_have_a_shape_of_their_own() -> None:
+    groups = group([work("dual", width) for width in (4, 60, 6, 33, 50, 4)], limits(), lambda decoder: 48)
     shapes = [limits().shape_of(members) for members in groups]
     assert [(shape.num_rows, shape.width, shape.num_keys) for shape in shapes] == [(3, 64, 64), (3, 8, 8)]
 
 
 def test_decoders_never_share_a_forward() -> None:
-    groups = group([work("dual", 8), work("d2f", 8), work("dual", 8)], limits())
+    groups = group([work("dual", 8), work("d2f", 8), work("dual", 8)], limits(), lambda decoder: 1000)
     assert sorted(len(members) for members in groups) == [1, 2]
 
 
 def test_forwards_stay_within_their_limits() -> None:
     items = [work("dual", 50) for _ in range(9)]
     few_columns = limits(fed_columns=3 * 56)
-    assert [len(members) for members in group(items, few_columns)] == [3, 3, 3]
+    assert [len(members) for members in group(items, few_columns, lambda decoder: 0)] == [3, 3, 3]
     few_logits = limits(logits_bytes=2 * 6 * 41 * 4)
-    assert [len(members) for members in group(items, few_logits)] == [2, 2, 2, 2, 1]
+    assert [len(members) for members in group(items, few_logits, lambda decoder: 0)] == [2, 2, 2, 2, 1]
 
 
 @pytest.mark.parametrize("name", DECODERS)

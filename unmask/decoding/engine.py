@@ -11,13 +11,14 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from unmask.decoding.decoder import Decoder, require
 from unmask.decoding.graphs import StepGraphs
-from unmask.decoding.grouping import Limits, group
+from unmask.decoding.grouping import Limits, forward_overhead, group
 from unmask.decoding.request import Completion, DecodeRequest, until_stop
 from unmask.decoding.slots import Slots
 from unmask.decoding.work import Work, assemble, conclude
@@ -40,6 +41,9 @@ class EngineConfig:
     """Bounds the activations of one forward."""
     max_logits_mb: int = 1024
     """Bounds the float32 logits of one forward; choosing tokens takes a few tensors of that size."""
+    forward_columns: int | None = None
+    """What a forward costs beside its columns, in columns: wide and narrow rows share one where padding costs less.
+    None estimates it (see `forward_overhead`)."""
     shape_multiple: int = 16
     """Columns and keys of a forward come in multiples of this."""
     cuda_graphs: bool = False
@@ -102,6 +106,7 @@ class DiffusionEngine:
             rows_power_of_two=config.cuda_graphs,
         )
         self._graphs = StepGraphs(self.slots.caches, config.max_graphs) if config.cuda_graphs else None
+        self._overheads: WeakKeyDictionary[Denoiser, int] = WeakKeyDictionary()
         self._waiting: deque[_Row] = deque()
         self._running: list[_Row] = []
         self._flight: _Flight | None = None
@@ -196,6 +201,13 @@ class DiffusionEngine:
         self._running.remove(row)
         self.slots.release(row.state.slot)
 
+    def _overhead(self, decoder: Decoder) -> int:
+        if self.config.forward_columns is not None:
+            return self.config.forward_columns
+        if decoder.denoiser not in self._overheads:
+            self._overheads[decoder.denoiser] = forward_overhead(decoder.denoiser)
+        return self._overheads[decoder.denoiser]
+
     def _overlaps(self, row: _Row) -> bool:
         if self.config.overlap is None:
             return row.decoder.denoiser.device.type != "cpu"
@@ -205,7 +217,7 @@ class DiffusionEngine:
         """Admit what fits and start one forward of every row."""
         self._admit()
         if self._running:
-            groups = group([Work.of(row.decoder, row.state) for row in self._running], self._limits)
+            groups = group([Work.of(row.decoder, row.state) for row in self._running], self._limits, self._overhead)
             self._flight = _Flight(list(self._running), groups, [self._launch(members) for members in groups])
 
     def _land(self) -> list[_Row]:

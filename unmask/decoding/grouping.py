@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from unmask.decoding.batch import Shape
-from unmask.decoding.work import Work, shape_of
+from unmask.decoding.decoder import Decoder
+from unmask.decoding.work import Work, round_rows, round_up, shape_of
+from unmask.denoiser import Denoiser
+from unmask.models.transformer import DiffusionLM
 
-_MOST_PADDING = 2
-"""A row is fed at most this many times its own width."""
+_LAUNCHES_A_LAYER_S = 30 * 3e-6
+_BYTES_A_SECOND = 2e12
+_FLOPS_A_SECOND = 3e14
+"""Rough figures of a large GPU; only speed depends on them."""
+_CPU_COLUMNS = 32
+
+
+def forward_overhead(network: Denoiser) -> int:
+    """What a forward of a network costs beside its columns, in columns: on a GPU its launches or the reading of its
+    weights, whichever takes longer."""
+    if network.device.type == "cpu" or not isinstance(network, DiffusionLM):
+        return _CPU_COLUMNS
+    parameters = sum(p.numel() for p in network.parameters())
+    fixed_s = max(network.config.num_layers * _LAUNCHES_A_LAYER_S, 2 * parameters / _BYTES_A_SECOND)
+    return int(fixed_s / (2 * parameters / _FLOPS_A_SECOND))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +45,10 @@ class Limits:
         """The rounded shape that holds the rows."""
         return shape_of(members, self.capacity, multiple=self.multiple, rows_power_of_two=self.rows_power_of_two)
 
+    def rows(self, count: int) -> int:
+        """Rows that are fed for so many, padding included."""
+        return round_rows(count) if self.rows_power_of_two else count
+
     def most_rows(self, members: Sequence[Work]) -> int:
         """How many of these rows may share a forward; at least 1."""
         shape = self.shape_of(members)
@@ -36,22 +57,43 @@ class Limits:
         return 1 << most.bit_length() - 1 if self.rows_power_of_two else most
 
 
-def group(work: Sequence[Work], limits: Limits) -> list[list[Work]]:
-    """Cut the work of one step into forwards: rows of one decoder and of similar width, within the limits.
+def group(work: Sequence[Work], limits: Limits, overhead: Callable[[Decoder], int]) -> list[list[Work]]:
+    """Cut the work of one step into forwards of one decoder each, within the limits, so that they cost least.
 
-    Prefills and refreshes, which feed whole rows, thus never make rows that feed one block wait for padding.
+    Args:
+        work: of all rows.
+        limits: see `Limits`.
+        overhead: what a decoder's forward costs beside its columns, in columns. Where it is low, prefills and
+            refreshes, which feed whole rows, never make rows that feed one block pay for padding; where it is high, a
+            step is one forward.
     """
-    similar: list[list[Work]] = []
-    for item in sorted(work, key=lambda item: (id(item.decoder), -item.window.width)):
-        if similar and _similar(similar[-1][0], item):
-            similar[-1].append(item)
-        else:
-            similar.append([item])
-    return [part for members in similar for part in _split(members, limits.most_rows(members))]
+    ordered = sorted(work, key=lambda item: (id(item.decoder), -item.window.width))
+    groups = []
+    for _, members in itertools.groupby(ordered, key=lambda item: id(item.decoder)):
+        mine = list(members)
+        for start, stop in _cheapest_cuts(mine, limits, overhead(mine[0].decoder)):
+            groups += _split(mine[start:stop], limits.most_rows(mine[start:stop]))
+    return groups
 
 
-def _similar(widest: Work, item: Work) -> bool:
-    return item.decoder is widest.decoder and item.window.width * _MOST_PADDING >= widest.window.width
+def _cheapest_cuts(members: Sequence[Work], limits: Limits, overhead: int) -> list[tuple[int, int]]:
+    """The cuts of rows of falling width whose forwards cost least: each its overhead, and its columns with padding."""
+    widths = [round_up(item.window.width, limits.multiple) for item in members]
+    borders = [0, *(i for i in range(1, len(widths)) if widths[i] < widths[i - 1]), len(widths)]
+    best: list[tuple[int, int]] = [(0, 0)]  # of what lies before each border: cost, and the border before
+    for end in range(1, len(borders)):
+        costs = [
+            best[begin][0] + overhead + limits.rows(borders[end] - borders[begin]) * widths[borders[begin]]
+            for begin in range(end)
+        ]
+        cost = min(costs)
+        best.append((cost, costs.index(cost)))
+    cuts, end = [], len(borders) - 1
+    while end:
+        begin = best[end][1]
+        cuts.append((borders[begin], borders[end]))
+        end = begin
+    return cuts[::-1]
 
 
 def _split(members: list[Work], most: int) -> list[list[Work]]:

@@ -34,7 +34,7 @@ def _digest(logits, row_stride, best, logsumexp, entropy, forbidden, VOCAB: tl.c
         moment = decay * (moment - rise * total) + tl.sum(tl.where(weight > 0, weight * below, 0.0), axis=0)
         total = decay * total + tl.sum(weight, axis=0)
         peak = new_peak
-    tl.store(best + row, winner.to(tl.int64))
+    tl.store(best + row, winner)
     tl.store(logsumexp + row, peak + tl.log(total))
     tl.store(entropy + row, tl.maximum(tl.log(total) - moment / total, 0.0))
 

@@ -40,7 +40,7 @@ def shape_of(members: Sequence[Work], capacity: int, *, multiple: int = 1, rows_
     sampled = [item.state for item in members if item.state.temperature > 0]
     open_width = max(window.open_stop - window.open_start for window in windows)
     num_keys = min(round_up(max(window.visible for window in windows), multiple), capacity)
-    num_rows = 1 << (len(members) - 1).bit_length() if rows_power_of_two else len(members)
+    num_rows = round_rows(len(members)) if rows_power_of_two else len(members)
     return Shape(
         num_rows=num_rows,
         width=round_up(max(window.width for window in windows), multiple),
@@ -83,3 +83,8 @@ def conclude(members: Sequence[Work], tokens_BK: np.ndarray, slots: Slots) -> No
 def round_up(value: int, multiple: int) -> int:
     """The next multiple."""
     return -(-value // multiple) * multiple
+
+
+def round_rows(count: int) -> int:
+    """The next power of two."""
+    return 1 << (count - 1).bit_length()
