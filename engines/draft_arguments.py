@@ -55,8 +55,8 @@ class RemoteDraftOptions:
 def with_remote_draft(arguments: dict[str, Any], draft: RemoteDraftOptions, runner: Runner = "v1") -> dict[str, Any]:
     """Engine arguments with a remote draft added.
 
-    Prefix caching is off unless it is asked for. With the V1 runner the draft keeps the context of cached prefixes too,
-    by hash; with the V2 runner, whose CPU does not know the tokens in time, a cached prefix is a gap in the context.
+    Prefix caching is off unless it is asked for. The draft keeps the context of cached prefixes too, by hash; with the
+    V2 runner, whose host does not know generated tokens in time, that of prompts and of what precedes a preemption.
 
     Raises:
         ConfigError: an argument contradicts the draft.

@@ -46,6 +46,11 @@ class SwitchableSpeculator(DFlashSpeculator):
         self.times("end")
         return tokens
 
+    def introduce(self, name: str, tokens: Any, num_computed: int) -> None:
+        """A request begins."""
+        for remote in self.remotes.values():
+            remote.introduce(name, tokens, num_computed)
+
     def finish(self, names: Any) -> None:
         """Requests that have ended."""
         ended = list(names)

@@ -28,6 +28,7 @@ from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import get_eagle3_aux_lay
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from engines.draft_arguments import LINK_FILE_VARIABLE, MAILBOX_FOLDER_VARIABLE, WATCHDOG_VARIABLE
+from engines.prompt_hashes import PromptHashes
 from engines.step_times import StepTimes
 from engines.versions import require_tested_vllm
 from unmask.errors import ConfigError
@@ -61,7 +62,7 @@ _PROPOSE = (
     "is_profile",
 )
 _INIT = ("vllm_config", "device")
-_FINISH = ("self", "scheduler_output")
+_REQUESTS = ("self", "scheduler_output")
 _BATCH = {
     "req_ids",
     "num_reqs",
@@ -106,6 +107,7 @@ class RemoteSpeculator(BaseSpeculator):
                 config.num_speculative_tokens_per_batch_size, max_requests, self.max_k
             )
         self.times: StepTimes | None = None
+        self._prompts = PromptHashes() if vllm_config.cache_config.enable_prefix_caching else None
         # Compiled embeddings and the rejection sampler take -1 for no draft; an eager embedding looks every id up.
         compilation = vllm_config.compilation_config
         is_compiled = compilation.mode == CompilationMode.VLLM_COMPILE and compilation.backend != "eager"
@@ -190,6 +192,7 @@ class RemoteSpeculator(BaseSpeculator):
         tokens = torch.full((num_requests, self.max_k), self.absent, dtype=torch.int64, device=self.device)
         if self.target is not None:
             self.target.start()
+        hashes = self._prompts.of(input_batch.req_ids, input_batch.num_scheduled_tokens) if self._prompts else ()
         if self.target is not None and aux_hidden_states is not None:
             if self.times is not None:
                 self.times.begin(num_requests)
@@ -206,6 +209,7 @@ class RemoteSpeculator(BaseSpeculator):
                 ),
                 longest=int(input_batch.num_scheduled_tokens.max()),
                 k=self.ks[num_requests],
+                hashes=hashes,
                 mark=self.times,
             )
             if self.times is not None:
@@ -213,10 +217,18 @@ class RemoteSpeculator(BaseSpeculator):
         group = get_tp_group()
         return tokens if group.world_size == 1 else group.broadcast(tokens, src=0)
 
+    def introduce(self, name: str, tokens: Sequence[int], num_computed: int) -> None:
+        """A request begins, or begins again (see `PromptHashes.introduce`)."""
+        if self._prompts is not None:
+            self._prompts.introduce(name, tokens, num_computed)
+
     def finish(self, names: Iterable[str]) -> None:
         """Requests that have ended."""
+        ended = list(names)
+        if self._prompts is not None:
+            self._prompts.forget(ended)
         if self.target is not None:
-            self.target.finish(names)
+            self.target.finish(ended)
 
     def _claim_memory(self, num_tokens: int) -> None:
         """What the projection will need, so that vLLM's memory profile leaves room for it."""
@@ -243,7 +255,7 @@ def install(new_speculator: Callable[[VllmConfig, torch.device], Any] = RemoteSp
     """Put another speculator in the place of vLLM's, once per process.
 
     Args:
-        new_speculator: makes one that has `RemoteSpeculator.finish`.
+        new_speculator: makes one that has `RemoteSpeculator.introduce` and `finish`.
 
     Raises:
         ConfigError: a version of vLLM that this was not tested with, or one whose interfaces are others.
@@ -253,11 +265,18 @@ def install(new_speculator: Callable[[VllmConfig, torch.device], Any] = RemoteSp
     version = require_tested_vllm("v2")
     check_interfaces(str(version))
     finish, init = model_runner.GPUModelRunner.finish_requests, Scheduler.__init__
+    add = model_runner.GPUModelRunner.add_requests
 
     def finish_requests(runner: Any, scheduler_output: Any) -> None:
         if runner.speculator is not None:
             runner.speculator.finish(scheduler_output.finished_req_ids)
         finish(runner, scheduler_output)
+
+    def add_requests(runner: Any, scheduler_output: Any) -> None:
+        add(runner, scheduler_output)
+        if runner.speculator is not None:
+            for new in scheduler_output.scheduled_new_reqs:
+                runner.speculator.introduce(new.req_id, new.prefill_token_ids, new.num_computed_tokens)
 
     def init_scheduler(scheduler: Scheduler, *args: Any, **kwargs: Any) -> None:
         init(scheduler, *args, **kwargs)
@@ -265,6 +284,7 @@ def install(new_speculator: Callable[[VllmConfig, torch.device], Any] = RemoteSp
 
     model_runner.init_speculator = new_speculator  # pyrefly: ignore[bad-assignment]
     model_runner.GPUModelRunner.finish_requests = finish_requests  # pyrefly: ignore[bad-assignment]
+    model_runner.GPUModelRunner.add_requests = add_requests  # pyrefly: ignore[bad-assignment]
     Scheduler.__init__ = init_scheduler
     model_runner._unmask_remote_draft = True  # pyrefly: ignore[missing-attribute]
 
@@ -275,7 +295,8 @@ def check_interfaces(version: str) -> None:
     expected = {
         "BaseSpeculator.propose": (BaseSpeculator.propose, _PROPOSE),
         "init_speculator": (getattr(model_runner, "init_speculator", None), _INIT),
-        "GPUModelRunner.finish_requests": (getattr(runner, "finish_requests", None), _FINISH),
+        "GPUModelRunner.finish_requests": (getattr(runner, "finish_requests", None), _REQUESTS),
+        "GPUModelRunner.add_requests": (getattr(runner, "add_requests", None), _REQUESTS),
     }
     for name, (function, parameters) in expected.items():
         found = tuple(inspect.signature(function).parameters) if function else ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -88,8 +89,10 @@ class Pair:
         self.target.close()
         self.on_exit.close()
 
-    def ask(self, step: TargetStep, k: int) -> list[list[int]]:
-        tokens = self.target.propose(step.names, step.states, step.tensors, longest=step.longest, k=k)[:, :k].tolist()
+    def ask(self, step: TargetStep, k: int, hashes: Sequence[Sequence[int]] = ()) -> list[list[int]]:
+        tokens = self.target.propose(step.names, step.states, step.tensors, longest=step.longest, k=k, hashes=hashes)[
+            :, :k
+        ].tolist()
         # The draft takes note of a step after its reply.
         eventually(lambda: self.batcher.steps - self.before == self.target.asked)
         return tokens

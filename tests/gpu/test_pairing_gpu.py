@@ -304,6 +304,24 @@ def test_greedy_text_is_the_targets_own(target: Path, draft: Draft, way: str) ->
     assert found["released"] == found["late"] == 0
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_shared_prompt_is_no_gap_with_prefix_caching(target: Path, draft: Draft, way: str) -> None:
+    from tests.vllm.vllm_tools import greedy
+
+    generator = random.Random(6)
+    shared = [generator.randrange(100, 49000) for _ in range(150)]
+    asked = [[*shared, *prompt] for prompt in prompts(16, seed=7, longest=40)]
+    with v2_engine(target, None, enable_prefix_caching=True) as llm:
+        expected = [*greedy(llm, asked[:1], 24), *greedy(llm, asked, 24)]
+    with v2_engine(target, way, draft, enable_prefix_caching=True) as llm:
+        before = draft.stats()
+        assert [*greedy(llm, asked[:1], 24), *greedy(llm, asked, 24)] == expected
+        eventually(lambda: counters(llm)["asked"] == counters(llm)["answered"])
+    after = draft.stats()
+    assert after.proposals > before.proposals
+    assert after.proposals_with_gap == before.proposals_with_gap
+
+
 def test_thousands_of_requests_leave_nothing_behind(target: Path, draft: Draft) -> None:
     """Random lengths, aborts, sampling settings and concurrency; no token of a greedy request differs."""
     from vllm import SamplingParams

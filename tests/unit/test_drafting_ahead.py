@@ -6,12 +6,16 @@ import threading
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
+import torch
 
 from tests.ahead_tools import Pair, RelayedPair
 from tests.mailbox_tools import LAYOUT, ImaginedTarget, TargetStep
-from tests.pairing_tools import eventually
+from tests.pairing_tools import HIDDEN, LAYER_IDS, eventually, raw_features
 from unmask.pairing.mailbox_words import DOORBELL, LATE, REPLY
+from unmask.pairing.packed_rows import StepTensors
+from unmask.pairing.page_hashes import hash_pages
 
 K = LAYOUT.max_k
 
@@ -101,3 +105,34 @@ def test_a_step_that_was_released_before_its_reply_counts_as_late(pair) -> None:
     eventually(lambda: pair.mailbox.word(LATE) == 1)
     # Its rows were taken all the same.
     one_step(imagined, pair)
+
+
+def prefill(name: str, start: int, raw: torch.Tensor, anchor: int) -> TargetStep:
+    """A prompt whose rows begin at `start`, as one chunk."""
+    states = [raw[:, HIDDEN * i : HIDDEN * (i + 1)] for i in range(len(LAYER_IDS))]
+    tensors = StepTensors(
+        positions=torch.arange(start, start + len(raw)),
+        query_starts=torch.tensor([0, len(raw)]),
+        num_sampled=torch.tensor([1]),
+        num_rejected=torch.tensor([0]),
+        slots=torch.tensor([0]),
+        last_sampled=torch.tensor([[anchor]]),
+    )
+    return TargetStep([name], states, tensors, len(raw), [(name, start, raw, anchor)])
+
+
+@pytest.mark.parametrize("kind", [Pair, RelayedPair])
+def test_a_prefix_that_the_target_had_cached_is_no_gap(kind: type[Pair], tmp_path) -> None:
+    prompt, raw = np.arange(13), raw_features(13, seed=5)
+    pages = hash_pages(prompt, 4)
+    with kind(tmp_path) as pair:
+        first = prefill("first", 0, raw, 7)
+        assert pair.ask(first, K, hashes=[pages]) == pair.ask_twin(first, K)
+        # The same prompt again, of which the target had two pages; its draft's twin is shown all of it.
+        assert pair.ask(prefill("second", 8, raw[8:], 7), K, hashes=[pages]) == pair.ask_twin(
+            prefill("second", 0, raw, 7), K
+        )
+        assert pair.engine.proposals_with_gap == 0
+        # And told of no hashes it has a gap.
+        pair.ask(prefill("third", 8, raw[8:], 7), K)
+        assert pair.engine.proposals_with_gap == 1

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -115,6 +116,10 @@ def test_control_and_rows_arrive_as_through_a_queue(mailbox, first: int) -> None
             count = rng.randint(1, 8)
             rows = [(rng.randrange(2**31), rng.randint(0, 8), rng.randint(-1, 96)) for _ in range(count)]
             entry = control(number, [rng.randrange(2**64) for _ in range(count)], ended, rng.randint(1, K))
+            if rng.random() < 0.3:
+                told = np.array([rng.randint(0, 3) for _ in range(count)])
+                hashes = np.array([rng.randrange(2**64) for _ in range(told.sum())], dtype=np.uint64)
+                entry = replace(entry, num_hashes=told, page_hashes=hashes)
             mailbox.post(entry)
             posted.append((number, entry, rows))
         if posted and answered == rung and rng.random() < 0.7:
@@ -133,6 +138,9 @@ def test_control_and_rows_arrive_as_through_a_queue(mailbox, first: int) -> None
         assert [row[:4] for row in asked.rows.tolist()] == [
             (request, *row) for request, row in zip(entry.requests.tolist(), rows, strict=True)
         ]
+        told = entry.num_hashes if len(entry.page_hashes) else np.zeros(len(rows))
+        assert asked.rows["num_hashes"].tolist() == told.tolist()
+        assert asked.page_hashes.tolist() == entry.page_hashes.tolist()
         assert len(asked.features) == sum(count for _, count, _ in rows)
         assert (asked.features == number % 2**32 % 1000).all()
         finished_read += asked.finished

@@ -156,9 +156,14 @@ class DraftLink:
         counts = proposals.counts.tolist()
         return [ids[:count] for ids, count in zip(proposals.tokens.tolist(), counts, strict=True)]
 
-    def ask(self, rows: np.ndarray, context: Tensor, finished: Sequence[int], k: int, version: int) -> Proposals | None:
-        """The same for `ROW` records without hashes, whose features have been projected; None without proposals."""
-        return self._exchange(version, k, lambda c, k, end: c.exchange(rows, context, finished, k=k, deadline=end))
+    def ask(
+        self, rows: np.ndarray, hashes: np.ndarray, context: Tensor, finished: Sequence[int], k: int, version: int
+    ) -> Proposals | None:
+        """The same for `ROW` records and the hashes of their pages, whose features have been projected; None without
+        proposals."""
+        return self._exchange(
+            version, k, lambda c, k, end: c.exchange(rows, context, finished, hashes=hashes, k=k, deadline=end)
+        )
 
     def announce(self, announcement: Announcement) -> None:
         """Tell a draft that queues announced steps of one to come; nothing happens if there is no such draft."""

@@ -222,6 +222,7 @@ class DraftEngine:
             and layout.width == self._draft.config.hidden_size
             and 0 < k < self._draft.config.block_size
             and control.longest > 0
+            and control.num_hashes is None
             and 0 < num_requests == len(set(keys)) <= layout.max_requests
         )
         if not is_plain or not blocks.can_run_ahead(num_requests, control.longest, k):

@@ -135,9 +135,9 @@ class DraftFleet:
         return proposals
 
     def ask(
-        self, rows: np.ndarray, context: Tensor, finished: Sequence[int], k: int, version: int
+        self, rows: np.ndarray, hashes: np.ndarray, context: Tensor, finished: Sequence[int], k: int, version: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The same for `ROW` records without hashes, whose features have been projected.
+        """The same for `ROW` records and the hashes of their pages, whose features have been projected.
 
         Returns:
             int32 ids [R, k], and how many of each row are valid [R].
@@ -148,13 +148,17 @@ class DraftFleet:
             for request in finished:
                 self._home.pop(request, None)
             self._home.update(dict.fromkeys(rows["request"].tolist(), 0))
-            proposals = self.links[0].ask(rows, context, finished, k, version)
+            proposals = self.links[0].ask(rows, hashes, context, finished, k, version)
             if proposals is not None:
                 tokens[:, : proposals.tokens.shape[1]], counts = proposals.tokens, proposals.counts
             return tokens, counts
+        ends = np.cumsum(rows["num_hashes"], dtype=np.int64)
+        of_row = np.split(hashes, ends[:-1]) if len(rows) else []
         named = [
-            ProposalRow(request=request, start=start, num_features=count, last_token=last)
-            for request, start, count, last, _ in rows.tolist()
+            ProposalRow(
+                request=request, start=start, num_features=count, last_token=last, page_hashes=tuple(own.tolist())
+            )
+            for (request, start, count, last, _), own in zip(rows.tolist(), of_row, strict=True)
         ]
         for i, ids in enumerate(self.propose(named, context, finished, k, version)):
             tokens[i, : len(ids)], counts[i] = ids, len(ids)

@@ -59,6 +59,7 @@ class LocalDrafting:
             rows=asked.rows,
             features=asked.features.to(self._engine.weights.dtype),
             finished=np.array(asked.finished, dtype="<u8"),
+            page_hashes=asked.page_hashes,
         )
         try:
             self._engine.check(step)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BufferedWriter
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from unmask.errors import ConfigError, WireError
 from unmask.files import atomic_path
-from unmask.pairing.mailbox_layout import DEPTH, ENTRY, HEADER, Layout
+from unmask.pairing.mailbox_layout import DEPTH, ENTRY, HEADER, MAX_HASHES, Layout
 from unmask.pairing.mailbox_words import (
     ANSWERED,
     BEGUN,
@@ -42,7 +42,7 @@ from unmask.pairing.mailbox_words import (
     is_reached,
     signed,
 )
-from unmask.pairing.wire import MAX_SPECULATIVE_TOKENS
+from unmask.pairing.wire import MAX_SPECULATIVE_TOKENS, NO_HASHES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +56,8 @@ class Control:
         requests: uint64 numbers [R], in the order of the rows.
         finished: uint64 numbers of requests that will not be named again.
         longest: most feature rows that a request can have.
+        num_hashes: page hashes of each request [R] (see `Step`), at most `MAX_HASHES` in all.
+        page_hashes: uint64, request after request.
     """
 
     number: int
@@ -64,6 +66,8 @@ class Control:
     requests: np.ndarray
     finished: np.ndarray
     longest: int
+    num_hashes: np.ndarray | None = None
+    page_hashes: np.ndarray = field(default_factory=lambda: NO_HASHES)
 
 
 class Mailbox(MailboxWords):
@@ -123,37 +127,41 @@ class Mailbox(MailboxWords):
         entry = self._entry(number)
         numbers = entry[ENTRY.size :].view(np.uint64)
         # An entry of another step until it is whole.
-        head = (
-            (number - DEPTH) & STEP_MASK,
-            num_rows,
-            control.num_speculative_tokens,
-            num_finished,
-            control.draft_version,
-        )
-        entry[: ENTRY.size] = np.frombuffer(ENTRY.pack(*head, (number - DEPTH) & STEP_MASK, control.longest), np.uint8)
+        other = (number - DEPTH) & STEP_MASK
+        sizes = (num_rows, control.num_speculative_tokens, num_finished, control.longest, len(control.page_hashes))
+        entry[: ENTRY.size] = np.frombuffer(ENTRY.pack(other, *sizes, control.draft_version, other, 0), np.uint8)
         numbers[:num_rows] = control.requests
         numbers[num_rows : num_rows + num_finished] = control.finished
+        if control.num_hashes is not None:
+            counts_at, hashes_at = 2 * self.layout.max_requests, 3 * self.layout.max_requests
+            numbers[counts_at : counts_at + num_rows] = control.num_hashes
+            numbers[hashes_at : hashes_at + len(control.page_hashes)] = control.page_hashes
         entry[ENTRY.size - 8 : ENTRY.size - 4].view(np.uint32)[0] = number
         entry[:4].view(np.uint32)[0] = number
         self.set_word(CONTROL, number)
 
     def control(self, number: int) -> Control | None:
         """The control entry of a step; None if another has taken its place."""
-        entry = self._entry(number)
+        entry, most = self._entry(number), self.layout.max_requests
         head = ENTRY.unpack(entry[: ENTRY.size].tobytes())
-        first, num_rows, k, num_finished, version, last, longest = head
-        if first != number or last != number or num_rows + num_finished > 2 * self.layout.max_requests:
+        first, num_rows, k, num_finished, longest, num_hashes, version, last, _ = head
+        if first != number or last != number or num_rows + num_finished > 2 * most or num_hashes > MAX_HASHES:
             return None
-        numbers = entry[ENTRY.size :].view(np.uint64)[: num_rows + num_finished].copy()
+        numbers = entry[ENTRY.size :].view(np.uint64)
+        requests, finished = np.split(numbers[: num_rows + num_finished].copy(), [num_rows])
+        counts = numbers[2 * most : 2 * most + num_rows].astype(np.int64) if num_hashes else None
+        hashes = numbers[3 * most : 3 * most + num_hashes].copy()
         if ENTRY.unpack(entry[: ENTRY.size].tobytes()) != head:
             return None
         return Control(
             number=number,
             num_speculative_tokens=k,
             draft_version=version,
-            requests=numbers[:num_rows],
-            finished=numbers[num_rows:],
+            requests=requests,
+            finished=finished,
             longest=longest,
+            num_hashes=counts,
+            page_hashes=hashes,
         )
 
     def rows_of(self, control: Control) -> np.ndarray | None:

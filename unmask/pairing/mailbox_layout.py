@@ -15,7 +15,9 @@ DEPTH = 8
 """Control entries; a target that is further ahead of the replies does not ask."""
 
 HEADER = struct.Struct("<8s6I")
-ENTRY = struct.Struct("<IIIIQII")
+ENTRY = struct.Struct("<6IQII")
+MAX_HASHES = 8192
+"""Page hashes of a control entry."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +40,9 @@ class Layout:
 
     @property
     def entry_bytes(self) -> int:
-        """One control entry: head, request numbers [R], finished numbers [R], all of 8 bytes."""
-        return ENTRY.size + 16 * self.max_requests
+        """One control entry: head, request numbers [R], finished numbers [R], hashes a request [R], hashes, all of 8
+        bytes."""
+        return ENTRY.size + 24 * self.max_requests + 8 * MAX_HASHES
 
     @property
     def control_at(self) -> int:

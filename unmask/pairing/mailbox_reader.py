@@ -39,6 +39,7 @@ class Asked:
         rows: `ROW` records, one a request.
         features: projected features [T, H] of the rows in order; a view of the mailbox.
         finished: requests that will not be named again.
+        page_hashes: of the rows, one after another (see `Step`).
     """
 
     number: int
@@ -47,6 +48,7 @@ class Asked:
     rows: np.ndarray
     features: Tensor
     finished: list[int]
+    page_hashes: np.ndarray
 
 
 class Proposer(Protocol):
@@ -120,6 +122,8 @@ class MailboxReader:
         records["request"] = control.requests
         for i, name in enumerate(("start", "num_features", "last_token")):
             records[name] = rows[:, i]
+        if control.num_hashes is not None:
+            records["num_hashes"] = control.num_hashes
         return Asked(
             number=number,
             k=control.num_speculative_tokens,
@@ -127,6 +131,7 @@ class MailboxReader:
             rows=records,
             features=box.features[: int(rows[:, 1].sum())],
             finished=finished,
+            page_hashes=control.page_hashes,
         )
 
     def _pass_by(self, control: Control) -> None:

@@ -15,7 +15,7 @@ from unmask.errors import UserError
 from unmask.files import atomic_path
 from unmask.pairing.hello import Hello, TargetShape, decode_hello, encode_hello
 from unmask.pairing.mailbox import Control, Mailbox, take_tokens
-from unmask.pairing.mailbox_layout import DEPTH
+from unmask.pairing.mailbox_layout import DEPTH, MAX_HASHES
 from unmask.pairing.mailbox_words import BEGUN, DOORBELL, OFFERED, REPLY, SERVING, STEP_MASK, TAKEN, is_reached
 from unmask.pairing.packed_rows import StepTensors, pack_rows
 from unmask.pairing.request_numbers import RequestNumbers
@@ -94,6 +94,7 @@ class MailboxTarget:
         *,
         longest: int,
         k: int,
+        hashes: Sequence[Sequence[int]] = (),
         mark: Mark | None = None,
     ) -> Tensor:
         """Proposals of one step, queued on the stream.
@@ -104,6 +105,8 @@ class MailboxTarget:
             step: what the sampler left.
             longest: most query rows of one request.
             k: tokens to draft for each request.
+            hashes: of each request's last full pages (see `PageHashes`), where the host knows their tokens; a step
+                that has too many to tell is sent without.
             mark: see `Mark`.
 
         Returns:
@@ -127,6 +130,7 @@ class MailboxTarget:
                 requests=np.array([self._numbers.of(name) for name in names], dtype=np.uint64),
                 finished=self._unread_finished(),
                 longest=longest,
+                **_told(hashes),
             )
         )
         self._words.write(BEGUN, number)
@@ -181,6 +185,13 @@ class MailboxTarget:
         except RuntimeError as error:
             # Such as a device that has no memory left; it may have some later.
             logger.warning("the draft's projection is not taken over yet: %s", error)
+
+
+def _told(hashes: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    counts = np.array([len(row) for row in hashes], dtype=np.int64)
+    if not 0 < counts.sum() <= MAX_HASHES:
+        return {}
+    return {"num_hashes": counts, "page_hashes": np.array([h for row in hashes for h in row], dtype=np.uint64)}
 
 
 def write_offer(mailbox: Mailbox, hello: Hello) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Hashable
 
 import numpy as np
 
@@ -19,10 +20,10 @@ class PageHashes:
 
     def __init__(self, page_size: int = PAGE_SIZE) -> None:
         self._page_size = page_size
-        self._chains: dict[int, list[int]] = {}
-        self._told: dict[int, int] = {}
+        self._chains: dict[Hashable, list[int]] = {}
+        self._told: dict[Hashable, int] = {}
 
-    def of(self, request: int, start: int, end: int, tokens: np.ndarray) -> tuple[int, ...]:
+    def of(self, request: Hashable, start: int, end: int, tokens: np.ndarray) -> tuple[int, ...]:
         """Hashes of the last full pages of a request whose features `start .. end - 1` go to the draft.
 
         All of its pages where the request is new or does not go on where it stood, else those that have come since.
@@ -36,7 +37,7 @@ class PageHashes:
         self._told[request] = end
         return tuple(chain[first : end // self._page_size])
 
-    def forget(self, request: int) -> None:
+    def forget(self, request: Hashable) -> None:
         """The request has ended."""
         self._chains.pop(request, None)
         self._told.pop(request, None)

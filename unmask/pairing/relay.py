@@ -19,7 +19,7 @@ from unmask.pairing.announcement import Announcement
 from unmask.pairing.local_drafting import LocalDrafting
 from unmask.pairing.mailbox import Control, Mailbox
 from unmask.pairing.mailbox_folder import private_folder
-from unmask.pairing.mailbox_layout import Layout
+from unmask.pairing.mailbox_layout import MAX_HASHES, Layout
 from unmask.pairing.mailbox_reader import MailboxService
 from unmask.pairing.mailbox_words import BEGUN, DOORBELL, REPLY, STEP_MASK, TAKEN, is_reached, signed
 from unmask.pairing.polling import sharpen_timer
@@ -70,8 +70,14 @@ class Relay:
 
     def announce(self, announcement: Announcement) -> None:
         """Let the draft queue a step. One that was announced before and has not come will not come any more."""
+        self._post(announcement)
+
+    def _post(self, announcement: Announcement, step: Step | None = None) -> None:
         if len(announcement.requests) > self._layout.max_requests:
             raise WireError("more requests than were announced")
+        told = {}
+        if step is not None and 0 < len(step.page_hashes) <= MAX_HASHES:
+            told = {"num_hashes": step.rows["num_hashes"], "page_hashes": step.page_hashes}
         self._let_go()
         self._number = (self._number + 1) & STEP_MASK
         self._announced = announcement
@@ -83,13 +89,14 @@ class Relay:
                 requests=announcement.requests,
                 finished=announcement.finished[: self._layout.max_requests],
                 longest=announcement.longest,
+                **told,
             )
         )
 
     def answer(self, step: Step) -> Proposals:
         """Proposals for a step whose rows have come, announced or not. Raises WireError."""
-        if self._announced is None or not self._announced.matches(step):
-            self.announce(self._announcement_of(step))
+        if self._announced is None or len(step.page_hashes) or not self._announced.matches(step):
+            self._post(self._announcement_of(step), step)
         box, number, num_rows = self._box, self._number, len(step.rows)
         if len(step.features) > self._layout.max_rows:
             raise WireError("more feature rows than were announced")

@@ -72,10 +72,15 @@ class Sidecar:
 
     def propose(self, asked: Asked) -> tuple[np.ndarray, np.ndarray]:
         """See `Proposer.propose`; the rows are sent from where the GPU has put them."""
-        return self.fleet.ask(asked.rows, asked.features, asked.finished, asked.k, asked.draft_version)
+        return self.fleet.ask(
+            asked.rows, asked.page_hashes, asked.features, asked.finished, asked.k, asked.draft_version
+        )
 
     def ahead(self, control: Control, finished: Sequence[int], await_end: Callable[[StreamEnd], float]) -> bool:
         """See `Proposer.ahead`: what is sent must have been written, but a draft on a GPU can be told of it."""
+        if control.num_hashes is not None:
+            # Requests that begin: their rows have to be there first.
+            return False
         self.fleet.announce(
             Announcement(
                 draft_version=control.draft_version,
