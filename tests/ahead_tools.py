@@ -130,19 +130,47 @@ class Pair:
 class RelayedPair(Pair):
     """The draft on another host: a sidecar, TCP, and the draft's server."""
 
+    boxes: Path | None = None
+
     def open(self) -> None:
         """Serve the mailbox through a sidecar."""
         folder = self.mailbox.path.parent
-        vocabulary = tiny_vocabulary()
-        server = DraftServer(tiny_draft(), vocabulary, vocabulary, SECRET, memory_mb=2)
-        server._engine, server._relays = self.engine, True
-        self.batcher = server._batcher
-        self.batcher._engine = self.engine
-        server.start()
-        self.on_exit.callback(server.stop)
+        self.server = self.new_server()
+        self.batcher = self.server._batcher
+        self.on_exit.callback(lambda: self.server.stop())
         (folder / "secret").write_bytes(SECRET)
-        link = LinkConfig(address=server.address, secret_file=str(folder / "secret"), timeout_ms=10_000)
-        write_link_file(folder / "link", link)
+        self.write_link()
         sidecar = Sidecar(self.mailbox.path, folder / "link", SHAPE)
         sidecar.start()
         self.on_exit.callback(sidecar.close)
+
+    def new_server(self) -> DraftServer:
+        """Started, with this pair's engine."""
+        vocabulary = tiny_vocabulary()
+        server = DraftServer(tiny_draft(), vocabulary, vocabulary, SECRET, memory_mb=2, mailbox_folder=self.boxes)
+        server._engine, server._relays = self.engine, True
+        server._batcher._engine = self.engine
+        server.start()
+        return server
+
+    def write_link(self) -> None:
+        """Name the server."""
+        folder = self.mailbox.path.parent
+        link = LinkConfig(
+            address=self.server.address,
+            secret_file=str(folder / "secret"),
+            timeout_ms=10_000,
+            retry_s=0.1,
+            mailbox_folder=str(self.boxes) if self.boxes else None,
+        )
+        write_link_file(folder / "link", link)
+
+
+class NeighbourPair(RelayedPair):
+    """A draft of the same host, to which the sidecar hands the mailbox."""
+
+    def open(self) -> None:
+        """Serve the mailbox through the folder."""
+        self.boxes = self.mailbox.path.parent / "boxes"
+        super().open()
+        eventually(lambda: list(self.boxes.glob("*.mailbox")), 20)

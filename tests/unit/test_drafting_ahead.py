@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ahead_tools import Pair, RelayedPair
+from tests.ahead_tools import NeighbourPair, Pair, RelayedPair
 from tests.mailbox_tools import LAYOUT, ImaginedTarget, TargetStep
 from tests.pairing_tools import HIDDEN, LAYER_IDS, eventually, raw_features
 from unmask.pairing.mailbox_words import DOORBELL, LATE, REPLY
@@ -26,7 +26,7 @@ def pair(tmp_path) -> Iterator[Pair]:
         yield pair
 
 
-@pytest.mark.parametrize("kind", [Pair, RelayedPair])
+@pytest.mark.parametrize("kind", [Pair, RelayedPair, NeighbourPair])
 def test_proposals_do_not_depend_on_when_the_step_was_queued(kind: type[Pair], tmp_path) -> None:
     imagined = ImaginedTarget(seed=11)
     with kind(tmp_path) as pair:
@@ -35,7 +35,7 @@ def test_proposals_do_not_depend_on_when_the_step_was_queued(kind: type[Pair], t
             assert pair.ask(step, k) == pair.ask_twin(step, k)
             pair.finish(imagined.end())
         # The others bring a request that was not known before.
-        assert 30 < pair.engine.ahead_steps < 150
+        assert 10 < pair.engine.ahead_steps < 150
         assert pair.engine.resident_requests == pair.twin.resident_requests
     eventually(lambda: pair.engine.resident_requests == 0)
 
@@ -121,7 +121,7 @@ def prefill(name: str, start: int, raw: torch.Tensor, anchor: int) -> TargetStep
     return TargetStep([name], states, tensors, len(raw), [(name, start, raw, anchor)])
 
 
-@pytest.mark.parametrize("kind", [Pair, RelayedPair])
+@pytest.mark.parametrize("kind", [Pair, RelayedPair, NeighbourPair])
 def test_a_prefix_that_the_target_had_cached_is_no_gap(kind: type[Pair], tmp_path) -> None:
     prompt, raw = np.arange(13), raw_features(13, seed=5)
     pages = hash_pages(prompt, 4)
@@ -136,3 +136,39 @@ def test_a_prefix_that_the_target_had_cached_is_no_gap(kind: type[Pair], tmp_pat
         # And told of no hashes it has a gap.
         pair.ask(prefill("third", 8, raw[8:], 7), K)
         assert pair.engine.proposals_with_gap == 1
+
+
+def test_a_neighbour_that_goes_is_replaced_over_the_wire_and_comes_back(tmp_path) -> None:
+    imagined = ImaginedTarget(seed=2, num_slots=1)
+    with NeighbourPair(tmp_path) as pair:
+        one_step(imagined, pair)
+        asked_over_the_wire = pair.server.stats().connections
+        assert pair.target.asked == 1
+        # Another draft takes its place and serves no folder.
+        boxes, old = pair.boxes, pair.server
+        pair.boxes = None
+        pair.server = pair.new_server()
+        pair.write_link()
+        old.stop()
+        eventually(lambda: not list(boxes.glob("*.mailbox")), 20)
+        eventually(lambda: pair.target.is_ready, 20)
+        pair.batcher = pair.server._batcher
+        pair.before = pair.batcher.steps - pair.target.asked
+        before = pair.batcher.messages
+        one_step(imagined, pair)
+        assert pair.batcher.messages == before + 1
+        assert asked_over_the_wire == 1
+
+
+def test_a_folder_that_nobody_watches_is_given_up(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("unmask.pairing.handover._TAKEN_UP_S", 0.3)
+    imagined = ImaginedTarget(seed=2, num_slots=1)
+    with RelayedPair(tmp_path) as pair:
+        empty = tmp_path / "nobody"
+        empty.mkdir()
+        pair.boxes = empty
+        pair.write_link()
+        eventually(lambda: list(empty.iterdir()))
+        eventually(lambda: not list(empty.iterdir()))
+        eventually(lambda: pair.target.is_ready)
+        one_step(imagined, pair)

@@ -206,6 +206,8 @@ class Echo:
         last = asked.rows["last_token"]
         return np.repeat(last[:, None], asked.k, axis=1), np.where(last >= 0, asked.k, 0)
 
+    is_elsewhere = False
+
     def ahead(self, control: Control, finished: list[int], await_end) -> bool:
         return False
 

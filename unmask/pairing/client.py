@@ -94,6 +94,12 @@ class DraftLink:
         return self._config is not None and self._config.adaptive_k
 
     @property
+    def mailbox_folder(self) -> str | None:
+        """Where the draft that is connected serves mailboxes of this host."""
+        config = self._config
+        return config.mailbox_folder if config is not None and self.num_speculative_tokens else None
+
+    @property
     def hello(self) -> Hello | None:
         """The draft that is connected."""
         connection = self._connection

@@ -80,6 +80,11 @@ class DraftFleet:
         ready = (link.hello for link in self.links if link.num_speculative_tokens)
         return next((hello for hello in ready if hello), None)
 
+    @property
+    def mailbox_folder(self) -> str | None:
+        """See `DraftLink.mailbox_folder`. With several drafts there is none that could serve all requests."""
+        return self.links[0].mailbox_folder if len(self.links) == 1 else None
+
     def hang_up(self) -> None:
         """End the epochs of all links (see `DraftLink.hang_up`)."""
         for link in self.links:

@@ -22,6 +22,8 @@ class LinkConfig:
     secret_file: str
     further_addresses: tuple[str, ...] = ()
     """More drafts: the requests of this worker are spread over all of them."""
+    mailbox_folder: str | None = None
+    """Where the draft at `address` serves mailboxes of this host directly; None asks it over the wire."""
     num_speculative_tokens: int | None = None
     """K; None is all that the engine was built for, 0 switches speculation off."""
     adaptive_k: bool = False

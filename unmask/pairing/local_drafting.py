@@ -44,6 +44,9 @@ class LocalDrafting:
         self._is_careful = False
         """Rows of the last step could not be served ahead: the next one is left to the engine's own rules."""
 
+    is_elsewhere = False
+    """See `Proposer.is_elsewhere`."""
+
     @property
     def hello(self) -> Hello | None:
         """See `Proposer.hello`."""

@@ -44,6 +44,9 @@ from unmask.pairing.mailbox_words import (
 )
 from unmask.pairing.wire import MAX_SPECULATIVE_TOKENS, NO_HASHES
 
+SUFFIX = ".mailbox"
+"""Of files in a folder that a draft watches."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Control:

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from unmask.errors import ConfigError, WireError
 from unmask.pairing.local_drafting import LocalDrafting
-from unmask.pairing.mailbox import Mailbox, is_orphaned, remove_files
+from unmask.pairing.mailbox import SUFFIX, Mailbox, is_orphaned, remove_files
 from unmask.pairing.mailbox_reader import MailboxService
 
 logger = logging.getLogger(__name__)
 
-SUFFIX = ".mailbox"
 _LOOK_S = 0.1
 
 
@@ -67,7 +66,8 @@ class MailboxFolder:
             remove_files(path)
             return
         try:
-            mailbox = Mailbox(path)
+            # Where it is a link, the draft's projection is laid beside the mailbox itself.
+            mailbox = Mailbox(path.resolve())
         except (OSError, WireError) as error:
             logger.warning("%s is not served: %s", path.name, error)
             self._refused.add(path)

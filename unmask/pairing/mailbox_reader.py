@@ -58,6 +58,10 @@ class Proposer(Protocol):
     def hello(self) -> Hello | None:
         """The draft that can be asked now; None if there is none."""
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether somebody else serves the mailbox for now."""
+
     def propose(self, asked: Asked) -> tuple[np.ndarray, np.ndarray]:
         """Ids [R, K] of a step, and how many of each row are valid [R]; 0 where there are none, for whatever reason."""
 
@@ -151,7 +155,7 @@ class MailboxService:
 
     def __init__(self, mailbox: Mailbox, proposer: Proposer, *, offers: bool = True) -> None:
         self._mailbox, self._proposer, self._offers = mailbox, proposer, offers
-        self._reader = MailboxReader(mailbox)
+        self._reader: MailboxReader | None = MailboxReader(mailbox)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mailbox", daemon=True)
         self._offered: int | None = None
@@ -179,31 +183,37 @@ class MailboxService:
         sharpen_timer()
         try:
             while not self._closing.is_set():
-                self._show_life()
+                if not self._proposer.is_elsewhere:
+                    self._show_life()
                 now = time.monotonic()
                 if self._offers and now >= look_at:
                     self._offer()
                     look_at = now + _LOOK_S
-                if self._look():
+                if self._proposer.is_elsewhere:
+                    self._reader = None
+                    time.sleep(_REST_S)
+                elif self._look():
                     attentive_until = time.monotonic() + _ATTENTIVE_S
                 else:
                     time.sleep(_SHORT_REST_S if now < attentive_until else _REST_S)
         finally:
-            self._mailbox.set_word(SERVING, 0)
+            if not self._proposer.is_elsewhere:
+                self._mailbox.set_word(SERVING, 0)
 
     def _look(self) -> bool:
         """Answer the next step, if there is one."""
-        control = self._reader.announced()
+        reader = self._reader = self._reader or MailboxReader(self._mailbox)
+        control = reader.announced()
         if control is None:
             return False
         if control.number != self._tried:
             self._tried = control.number
             is_open = not is_reached(self._mailbox.word(REPLY), control.number)
-            if is_open and self._proposer.ahead(control, self._reader.finished(control), self._await_end(control)):
-                self._reader.advance(control)
+            if is_open and self._proposer.ahead(control, reader.finished(control), self._await_end(control)):
+                reader.advance(control)
                 self.answered += 1
                 return True
-        asked = self._reader.next()
+        asked = reader.next()
         if asked is not None:
             self._answer(asked)
         return asked is not None
@@ -233,6 +243,9 @@ class MailboxService:
     def _offer(self) -> None:
         """Let the target know which draft it can ask."""
         hello = self._proposer.hello
+        if self._proposer.is_elsewhere:
+            self._offered = None
+            return
         version = hello.draft_version if hello else None
         if hello is not None and version != self._offered:
             write_offer(self._mailbox, hello)

@@ -1,6 +1,7 @@
-"""The sidecar of a target on a GPU: carries its mailbox over the wire to drafts on other hosts. Needs no GPU.
+"""The sidecar of a target on a GPU: carries its mailbox over the wire to drafts. Needs no GPU.
 
-To the target it is a draft that maps the same memory. Timeouts, the breaker and the choice among several drafts are
+To the target it is a draft that maps the same memory. Where a draft of this host is named, that is what it hands the
+mailbox to, for as long as that draft is there. Timeouts, the breaker and the choice among several drafts are
 those of `DraftFleet`; whatever goes wrong there is answered with no proposals. If the sidecar itself stands still, the
 watchdog lets the target go on.
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from unmask.pairing.announcement import Announcement
 from unmask.pairing.fleet import DraftFleet
+from unmask.pairing.handover import Handover
 from unmask.pairing.hello import NO_DIGEST, Hello, TargetShape
 from unmask.pairing.link_file import read_link_file
 from unmask.pairing.mailbox import Control, Mailbox
@@ -48,6 +50,7 @@ class Sidecar:
         status = LinkStatus(read_link_file(link_file).status_file)
         self.fleet = DraftFleet(link_file, shape, box.layout.max_k, status=status)
         self._layout = box.layout
+        self._handover = Handover(box)
         self._service = MailboxService(box, self)
 
     def start(self) -> None:
@@ -58,6 +61,7 @@ class Sidecar:
     def close(self) -> None:
         """Answer nothing more, and hang up."""
         self._service.close()
+        self._handover.take_back()
         self.fleet.close()
 
     @property
@@ -67,8 +71,14 @@ class Sidecar:
 
     @property
     def hello(self) -> Hello | None:
-        """See `Proposer.hello`."""
+        """See `Proposer.hello`. This is also when a draft of this host is given the mailbox, or has it no longer."""
+        self._handover.follow(self.fleet.mailbox_folder)
         return self.fleet.hello
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """See `Proposer.is_elsewhere`."""
+        return self._handover.is_given
 
     def propose(self, asked: Asked) -> tuple[np.ndarray, np.ndarray]:
         """See `Proposer.propose`; the rows are sent from where the GPU has put them."""
