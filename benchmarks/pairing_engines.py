@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from benchmarks.pairing_shapes import SHAPES, K
-from engines.draft_arguments import AUX_LAYERS_KEY, REMOTE_DRAFT, RemoteDraftOptions, with_remote_draft
+from engines.draft_arguments import AUX_LAYERS_KEY, REMOTE_DRAFT, RemoteDraftOptions, graphs_of, with_remote_draft
 
 RATE = 0.86
 SYNTHETIC = {
@@ -34,18 +34,11 @@ def engine_options(arguments: argparse.Namespace, modes: tuple[str, ...]) -> dic
     if arguments.tiny:
         options |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "max_num_batched_tokens": 512}
     else:
-        batches = [n for n in (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128) if n <= most]
-        lengths = {1} if modes == ("target",) else {k + 1 for *_, k in POLICY}
-        sizes = sorted({n * length for n in batches for length in lengths})
-        graphs = {
-            "cudagraph_mode": "FULL_DECODE_ONLY",
-            "cudagraph_capture_sizes": sizes,
-            "max_cudagraph_capture_size": sizes[-1],
-        }
+        ks = {0} if modes == ("target",) else {k for *_, k in POLICY}
         options |= {
             "gpu_memory_utilization": 0.6 if arguments.gpus > 1 else 0.4,
             "max_num_batched_tokens": 8192,
-            "compilation_config": graphs,
+            "compilation_config": graphs_of(most, ks),
         }
     if modes == ("target",):
         return options

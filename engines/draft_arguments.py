@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ AUX_LAYERS_KEY = "eagle_aux_hidden_state_layer_ids"
 _SHAPE = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
 _OPTIONAL_SHAPE = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_parameters", "torch_dtype")
 
+_FEW, _MANY = 16, 128
+_LADDER = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+"""Batch sizes with graphs of their own."""
+
 _REQUIRED = {"speculative_config": None, "async_scheduling": False}
 
 
@@ -49,7 +54,8 @@ class RemoteDraftOptions:
     """How long a step waits for its draft; on a GPU its watchdog lets it go a little later. None is its own limit."""
     k_by_batch_size: tuple[tuple[int, int, int], ...] = ()
     """On a GPU: (first, last batch size, K), ascending from 1; graphs are made for each of these K. The scheduler and
-    the draft both go by it. Empty is `num_speculative_tokens` throughout."""
+    the draft both go by it until `LoadWatch` has measured what these K are worth. Empty is `num_speculative_tokens`
+    throughout."""
 
 
 def with_remote_draft(arguments: dict[str, Any], draft: RemoteDraftOptions, runner: Runner = "v1") -> dict[str, Any]:
@@ -92,12 +98,33 @@ def _with_speculator(arguments: dict[str, Any], draft: RemoteDraftOptions) -> di
         "model": str(folder),
         "num_speculative_tokens": draft.num_speculative_tokens,
     }
+    if "compilation_config" not in arguments and not arguments.get("enforce_eager") and "max_num_seqs" in arguments:
+        ks = {k for *_, k in draft.k_by_batch_size} or {draft.num_speculative_tokens}
+        arguments = arguments | {"compilation_config": graphs_of(arguments["max_num_seqs"], ks)}
     if draft.k_by_batch_size:
         speculation["num_speculative_tokens_per_batch_size"] = [list(span) for span in draft.k_by_batch_size]
     return arguments | {
         "speculative_config": speculation,
         "worker_extension_cls": WORKER_EXTENSION,
         "enable_prefix_caching": arguments.get("enable_prefix_caching", False),
+    }
+
+
+def first_spans(k: int, max_num_seqs: int) -> tuple[tuple[int, int, int], ...]:
+    """K by batch size before anything has been measured: less of it for larger batches."""
+    bounds = ((1, _FEW, k), (_FEW + 1, _MANY, max(k // 2, 1)), (_MANY + 1, max_num_seqs, max(k // 4, 1)))
+    return tuple((first, min(last, max_num_seqs), k) for first, last, k in bounds if first <= max_num_seqs)
+
+
+def graphs_of(max_num_seqs: int, ks: Collection[int]) -> dict[str, Any]:
+    """vLLM's `compilation_config` with a CUDA graph for every step of up to `max_num_seqs` requests that verifies one
+    of these K. vLLM by itself makes none beyond 512 tokens."""
+    batches = [n for n in _LADDER if n < max_num_seqs] + [max_num_seqs]
+    sizes = sorted({n * (k + 1) for n in batches for k in ks})
+    return {
+        "cudagraph_mode": "FULL_DECODE_ONLY",
+        "cudagraph_capture_sizes": sizes,
+        "max_cudagraph_capture_size": sizes[-1],
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from engines.speculator import RemoteSpeculator, schedulers
+from engines.speculator import RemoteSpeculator
 from engines.step_times import StepTimes
 from unmask.pairing.mailbox_words import ANSWERED, DRAFT_NS, LATE, RELEASED
 
@@ -16,15 +16,14 @@ class DraftControls:
     model_runner: Any
 
     def set_speculation(self, ks: Sequence[int]) -> None:
-        """K for each batch size 0 .. max_num_seqs, for the draft and, where it runs in this process, the scheduler.
+        """K for each batch size 0 .. max_num_seqs (see `RemoteSpeculator.set_ks`), whatever the load from now on.
 
         Graphs exist only for the Ks that the engine was configured with.
         """
         speculator = self._speculator()
-        speculator.ks = list(ks)
-        for scheduler in schedulers:
-            if scheduler.dynamic_sd_lookup is not None:
-                scheduler.dynamic_sd_lookup = list(ks)
+        if isinstance(speculator, RemoteSpeculator):
+            speculator.watch = None
+        speculator.set_ks(ks)
 
     def measure_steps(self, batch_size: int) -> None:
         """Begin to time steps of this batch size."""

@@ -15,7 +15,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
 from engines.draft_controls import DraftControls
-from engines.speculator import RemoteSpeculator, install
+from engines.runner_hooks import install
+from engines.speculator import RemoteSpeculator
 from engines.step_times import StepTimes
 
 MODES = ("native", "remote", "tcp")
@@ -45,6 +46,10 @@ class SwitchableSpeculator(DFlashSpeculator):
         tokens = super().propose(input_batch, *args, **kwargs)
         self.times("end")
         return tokens
+
+    def set_ks(self, ks: Any) -> None:
+        """The scheduler's K; vLLM's draft always drafts all rows."""
+        self.remotes["remote"].set_ks(ks)
 
     def introduce(self, name: str, tokens: Any, num_computed: int) -> None:
         """A request begins."""

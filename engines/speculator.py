@@ -8,11 +8,11 @@ back through it, both in the order of the CUDA stream: asynchronous scheduling a
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
+import itertools
+import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,63 +20,32 @@ import torch
 from torch import Tensor
 from vllm.config import CompilationMode, SpeculativeConfig, VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
-from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import get_eagle3_aux_layers_from_config
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from engines.draft_arguments import LINK_FILE_VARIABLE, MAILBOX_FOLDER_VARIABLE, WATCHDOG_VARIABLE
+from engines.load_watch import LoadWatch
 from engines.prompt_hashes import PromptHashes
+from engines.runner_hooks import schedulers
 from engines.step_times import StepTimes
-from engines.versions import require_tested_vllm
 from unmask.errors import ConfigError
+from unmask.files import private_folder
 from unmask.pairing.attendants import Attendants
 from unmask.pairing.hello import TargetShape
 from unmask.pairing.mailbox import Mailbox
-from unmask.pairing.mailbox_folder import new_path, private_folder
+from unmask.pairing.mailbox_folder import new_path
 from unmask.pairing.mailbox_layout import Layout
 from unmask.pairing.mailbox_target import MailboxTarget
 from unmask.pairing.packed_rows import StepTensors
 from unmask.pairing.sidecar import target_shape
 from unmask.pairing.stream_words import HostWords, PinnedMailbox, StreamWords
 
-_PROPOSE = (
-    "self",
-    "input_batch",
-    "attn_metadata",
-    "slot_mappings",
-    "last_hidden_states",
-    "aux_hidden_states",
-    "num_sampled",
-    "num_rejected",
-    "last_sampled",
-    "next_prefill_tokens",
-    "temperature",
-    "seeds",
-    "num_tokens_across_dp",
-    "dummy_run",
-    "skip_attn_for_dummy_run",
-    "mm_inputs",
-    "is_profile",
-)
-_INIT = ("vllm_config", "device")
-_REQUESTS = ("self", "scheduler_output")
-_BATCH = {
-    "req_ids",
-    "num_reqs",
-    "num_tokens",
-    "num_scheduled_tokens",
-    "idx_mapping",
-    "query_start_loc",
-    "positions",
-}
+logger = logging.getLogger(__name__)
+
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - what it holds is private to this user
 _DEFAULT_WATCHDOG_MS = "100"
-
-schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
-"""Those of this process: whoever changes K tells them too."""
 
 
 class RemoteSpeculator(BaseSpeculator):
@@ -106,6 +75,8 @@ class RemoteSpeculator(BaseSpeculator):
             self.ks = build_dynamic_sd_schedule_lookup(
                 config.num_speculative_tokens_per_batch_size, max_requests, self.max_k
             )
+        self.watch = LoadWatch(self.ks[1:], self.ks, device) if len(set(self.ks[1:])) > 1 else None
+        """Chooses K by load; None keeps the table."""
         self.times: StepTimes | None = None
         self._prompts = PromptHashes() if vllm_config.cache_config.enable_prefix_caching else None
         # Compiled embeddings and the rejection sampler take -1 for no draft; an eager embedding looks every id up.
@@ -196,6 +167,9 @@ class RemoteSpeculator(BaseSpeculator):
         if self.target is not None and aux_hidden_states is not None:
             if self.times is not None:
                 self.times.begin(num_requests)
+            if self.watch is not None and self.target.is_ready:
+                self._follow_load()
+                self.watch.begin(input_batch.num_scheduled_tokens, self.ks[num_requests], num_sampled)
             tokens = self.target.propose(
                 input_batch.req_ids,
                 aux_hidden_states,
@@ -214,8 +188,24 @@ class RemoteSpeculator(BaseSpeculator):
             )
             if self.times is not None:
                 self.times("end")
+            if self.watch is not None:
+                self.watch.answered()
         group = get_tp_group()
         return tokens if group.world_size == 1 else group.broadcast(tokens, src=0)
+
+    def set_ks(self, ks: Sequence[int]) -> None:
+        """K for each batch size 0 .. max_num_seqs, for the draft and, where it runs in this process, the scheduler."""
+        self.ks = list(ks)
+        for scheduler in schedulers:
+            if scheduler.dynamic_sd_lookup is not None:
+                scheduler.dynamic_sd_lookup = list(ks)
+
+    def _follow_load(self) -> None:
+        # Where the scheduler is in another process it would not hear of it.
+        table = self.watch.poll() if self.watch is not None and schedulers else None
+        if table is not None:
+            logger.info("K by batch size is now %s", _spans(table))
+            self.set_ks(table)
 
     def introduce(self, name: str, tokens: Sequence[int], num_computed: int) -> None:
         """A request begins, or begins again (see `PromptHashes.introduce`)."""
@@ -239,6 +229,12 @@ class RemoteSpeculator(BaseSpeculator):
         del held
 
 
+def _spans(table: Sequence[int]) -> str:
+    """As in 1-16: 15, 17-64: 7."""
+    groups = [list(group) for _, group in itertools.groupby(range(1, len(table)), key=lambda n: table[n])]
+    return ", ".join(f"{group[0]}-{group[-1]}: {table[group[0]]}" for group in groups)
+
+
 def _close(target: MailboxTarget, words: StreamWords, attendants: Attendants, mailbox: Mailbox) -> None:
     try:
         target.close()
@@ -249,59 +245,3 @@ def _close(target: MailboxTarget, words: StreamWords, attendants: Attendants, ma
     finally:
         attendants.close()
         mailbox.remove()
-
-
-def install(new_speculator: Callable[[VllmConfig, torch.device], Any] = RemoteSpeculator) -> None:
-    """Put another speculator in the place of vLLM's, once per process.
-
-    Args:
-        new_speculator: makes one that has `RemoteSpeculator.introduce` and `finish`.
-
-    Raises:
-        ConfigError: a version of vLLM that this was not tested with, or one whose interfaces are others.
-    """
-    if getattr(model_runner, "_unmask_remote_draft", False):
-        return
-    version = require_tested_vllm("v2")
-    check_interfaces(str(version))
-    finish, init = model_runner.GPUModelRunner.finish_requests, Scheduler.__init__
-    add = model_runner.GPUModelRunner.add_requests
-
-    def finish_requests(runner: Any, scheduler_output: Any) -> None:
-        if runner.speculator is not None:
-            runner.speculator.finish(scheduler_output.finished_req_ids)
-        finish(runner, scheduler_output)
-
-    def add_requests(runner: Any, scheduler_output: Any) -> None:
-        add(runner, scheduler_output)
-        if runner.speculator is not None:
-            for new in scheduler_output.scheduled_new_reqs:
-                runner.speculator.introduce(new.req_id, new.prefill_token_ids, new.num_computed_tokens)
-
-    def init_scheduler(scheduler: Scheduler, *args: Any, **kwargs: Any) -> None:
-        init(scheduler, *args, **kwargs)
-        schedulers.add(scheduler)
-
-    model_runner.init_speculator = new_speculator  # pyrefly: ignore[bad-assignment]
-    model_runner.GPUModelRunner.finish_requests = finish_requests  # pyrefly: ignore[bad-assignment]
-    model_runner.GPUModelRunner.add_requests = add_requests  # pyrefly: ignore[bad-assignment]
-    Scheduler.__init__ = init_scheduler
-    model_runner._unmask_remote_draft = True  # pyrefly: ignore[missing-attribute]
-
-
-def check_interfaces(version: str) -> None:
-    """Refuse a vLLM in which something that is relied on looks different. Raises ConfigError naming it."""
-    runner = model_runner.GPUModelRunner
-    expected = {
-        "BaseSpeculator.propose": (BaseSpeculator.propose, _PROPOSE),
-        "init_speculator": (getattr(model_runner, "init_speculator", None), _INIT),
-        "GPUModelRunner.finish_requests": (getattr(runner, "finish_requests", None), _REQUESTS),
-        "GPUModelRunner.add_requests": (getattr(runner, "add_requests", None), _REQUESTS),
-    }
-    for name, (function, parameters) in expected.items():
-        found = tuple(inspect.signature(function).parameters) if function else ()
-        if found != parameters:
-            raise ConfigError(f"vLLM {version}: {name} takes {found}, not {parameters}")
-    missing = _BATCH - {field.name for field in dataclasses.fields(InputBatch)}
-    if missing:
-        raise ConfigError(f"vLLM {version}: InputBatch lacks {', '.join(sorted(missing))}")

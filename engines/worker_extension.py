@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from engines.draft_controls import DraftControls
-from engines.speculator import install
+from engines.runner_hooks import install
+from engines.speculator import RemoteSpeculator
 
 
 class RemoteDraftWorker(DraftControls):
     """Mixed into vLLM's worker by `worker_extension_cls`."""
 
 
-install()
+install(RemoteSpeculator)

@@ -36,6 +36,10 @@ class DraftEndpoint:
     address: str
     version: int
     pid: int
+    node: str = ""
+    """Ray's id of the node that it runs on."""
+    mailbox_folder: str | None = None
+    """Where it serves mailboxes of targets on its node; None on a CPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

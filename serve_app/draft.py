@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from serve_app.scaling import Rate
 from serve_app.settings import AppConfig
 from serve_app.tracing import Tracing
 from unmask.errors import CheckpointError, ConfigError, PairingError
+from unmask.files import private_folder
 
 if TYPE_CHECKING:
     from unmask.pairing.request_log import DraftedRequest
@@ -65,7 +67,13 @@ class Draft:
 
     def endpoint(self) -> DraftEndpoint:
         """Where target workers connect."""
-        return DraftEndpoint(address=self._server.address, version=self._server.stats().draft_version, pid=os.getpid())
+        return DraftEndpoint(
+            address=self._server.address,
+            version=self._server.stats().draft_version,
+            pid=os.getpid(),
+            node=ray.get_runtime_context().get_node_id(),
+            mailbox_folder=self._server.mailbox_folder,
+        )
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve: the share of the time since the last call that the engine computed."""
@@ -177,6 +185,17 @@ def _start_server(config: AppConfig, secret: str) -> tuple[DraftServer, TargetRe
         record=record,
         # A K without a graph of its own would have one recorded while a step waits for it.
         graph_ks=sorted({options.num_speculative_tokens or largest, *halvings(largest)}),
+        mailbox_folder=_mailbox_folder() if on_gpu else None,
     )
     server.start()
     return server, record
+
+
+def _mailbox_folder() -> Path:
+    """A folder of shared memory for this process; those of processes that are gone are removed."""
+    parent = Path("/dev/shm") / f"unmask-{os.getuid()}"  # noqa: S108 - private to this user
+    private_folder(parent)
+    for folder in parent.glob("draft-*"):
+        if not Path("/proc", folder.name.removeprefix("draft-")).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+    return parent / f"draft-{os.getpid()}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -140,7 +141,8 @@ class Target:
         state = LinkState(address=address, connected=bool(status and status["connected"]))
         endpoint: DraftEndpoint | None = await self._directory.note_target.remote(report, state)
         if self._link and endpoint and endpoint.address != address:
-            self._link.point_to(endpoint.address)
+            is_neighbour = endpoint.node == ray.get_runtime_context().get_node_id()
+            self._link.point_to(endpoint.address, endpoint.mailbox_folder if is_neighbour else None)
 
 
 @dataclass(slots=True)
@@ -180,13 +182,14 @@ class _Link:
     @classmethod
     def create(cls, config: AppConfig, secret: str) -> _Link:
         """Write the secret and a link file that names no draft yet. Raises PairingError."""
-        from engines.draft_arguments import RemoteDraftOptions
+        from engines.draft_arguments import RemoteDraftOptions, first_spans
         from unmask.checkpoints import check_pairing
         from unmask.pairing.hello import record_digest
         from unmask.targets import describe_target, resolve_target
 
         record = describe_target(resolve_target(config.target.model, config.target.revision))
         draft = check_pairing(config.serve.draft or "", record)
+        k = config.serve.num_speculative_tokens or draft.block_size - 1
         folder = create_link_folder()
         secret_file = folder / "secret"
         secret_file.touch(mode=0o600)
@@ -196,8 +199,9 @@ class _Link:
             draft=RemoteDraftOptions(
                 link_file=folder / "link.json",
                 layer_ids=tuple(draft.target_layer_ids),
-                num_speculative_tokens=config.serve.num_speculative_tokens or draft.block_size - 1,
+                num_speculative_tokens=k,
                 timeout_ms=config.serve.draft_limit_ms,
+                k_by_batch_size=first_spans(k, config.serve.max_num_seqs) if config.serve.adaptive_k else (),
             ),
             address=None,
             target_digest=record_digest(record).hex(),
@@ -208,8 +212,9 @@ class _Link:
         link.point_to(None)
         return link
 
-    def point_to(self, address: str | None) -> None:
-        """Name the draft; workers notice within a quarter of a second."""
+    def point_to(self, address: str | None, mailbox_folder: str | None = None) -> None:
+        """Name the draft, and where it serves mailboxes if it is on this node; workers notice within a quarter of a
+        second."""
         from unmask.pairing.link_file import LinkConfig, write_link_file
 
         self.address = address
@@ -217,6 +222,7 @@ class _Link:
             self.draft.link_file,
             LinkConfig(
                 address=address,
+                mailbox_folder=mailbox_folder,
                 secret_file=str(self.folder / "secret"),
                 timeout_ms=self.timeout_ms,
                 retry_s=self.retry_s,

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from unmask.errors import ConfigError
+
 CHECKSUMS = "checksums.json"
 
 
@@ -104,3 +106,12 @@ def _replace_directory(new: Path, path: Path) -> None:
     sync_directory(path.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def private_folder(path: Path) -> Path:
+    """The folder, made for this user alone if it is missing. Raises ConfigError if others can write there."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ConfigError(f"other users can write to '{path}'; make it this user's own, mode 700", field="folder")
+    return path

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -288,124 +288,176 @@ def prompts(count: int, seed: int, longest: int = 120) -> list[list[int]]:
     return [[generator.randrange(100, 49000) for _ in range(generator.randint(1, longest))] for _ in range(count)]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_greedy_text_is_the_targets_own(target: Path, draft: Draft, way: str) -> None:
+def sharing_prompts() -> list[list[int]]:
+    """One by itself, then 16 with the same beginning."""
+    generator = random.Random(6)
+    shared = [generator.randrange(100, 49000) for _ in range(150)]
+    return [[*shared, *prompt] for prompt in prompts(16, seed=7, longest=40)]
+
+
+def fresh_greedy(llm: Any, asked: list[list[int]], length: int) -> list[list[int]]:
+    """With nothing left in the prefix cache: chunks of other sizes round differently."""
     from tests.vllm.vllm_tools import greedy
 
-    asked = prompts(24, seed=4)
-    with v2_engine(target, None) as llm:
-        expected = greedy(llm, asked, 64)
-    with v2_engine(target, way, draft) as llm:
-        assert greedy(llm, asked, 64) == expected
-        # The last steps may be under way when the last token is out.
-        eventually(lambda: counters(llm)["asked"] == counters(llm)["answered"])
-        found = counters(llm)
-    assert found["asked"] == found["answered"] > 30
+    llm.reset_prefix_cache()
+    return greedy(llm, asked, length)
+
+
+@dataclass(frozen=True)
+class Fuzz:
+    """Requests of random lengths, of which some are greedy and some are given up."""
+
+    asked: list[list[int]]
+    lengths: list[int]
+    greedy: list[int]
+    doomed: dict[int, int]
+
+    @classmethod
+    def drawn(cls) -> Fuzz:
+        generator, asked = random.Random(8), prompts(NUM_FUZZED, seed=9)
+        return cls(
+            asked,
+            [generator.randint(1, 60) for _ in asked],
+            [i for i in range(NUM_FUZZED) if generator.random() < 0.7],
+            {i: generator.randint(1, 40) for i in range(NUM_FUZZED) if generator.random() < 0.1},
+        )
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What the target says by itself."""
+
+    greedy: list[list[int]]
+    sharing: list[list[int]]
+    long: list[list[int]]
+    fuzzed: dict[int, list[int]]
+
+
+@pytest.fixture(scope="module")
+def plain(target: Path) -> Plain:
+    """All of it from one engine: they take a minute to start."""
+    from tests.vllm.vllm_tools import greedy
+
+    fuzz = Fuzz.drawn()
+    with v2_engine(target, None, enable_prefix_caching=True) as llm:
+        sharing = [*fresh_greedy(llm, sharing_prompts()[:1], 24), *greedy(llm, sharing_prompts(), 24)]
+        fuzzed = fresh_greedy(llm, [fuzz.asked[i] for i in fuzz.greedy], 60)
+        return Plain(
+            fresh_greedy(llm, prompts(24, seed=4), 64),
+            sharing,
+            fresh_greedy(llm, prompts(16, seed=5, longest=40), 180),
+            dict(zip(fuzz.greedy, fuzzed, strict=True)),
+        )
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def llm(request, target: Path, draft: Draft, plain: Plain) -> Iterator[Any]:
+    with v2_engine(target, request.param, draft, enable_prefix_caching=True) as llm:
+        yield llm
+
+
+def test_greedy_text_is_the_targets_own(llm: Any, plain: Plain) -> None:
+    before = counters(llm)
+    assert fresh_greedy(llm, prompts(24, seed=4), 64) == plain.greedy
+    # The last steps may be under way when the last token is out.
+    eventually(lambda: counters(llm)["asked"] == counters(llm)["answered"])
+    found = counters(llm)
+    assert found["asked"] - before["asked"] > 30
     assert found["released"] == found["late"] == 0
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_shared_prompt_is_no_gap_with_prefix_caching(target: Path, draft: Draft, way: str) -> None:
+def test_a_shared_prompt_is_no_gap_with_prefix_caching(llm: Any, draft: Draft, plain: Plain) -> None:
     from tests.vllm.vllm_tools import greedy
 
-    generator = random.Random(6)
-    shared = [generator.randrange(100, 49000) for _ in range(150)]
-    asked = [[*shared, *prompt] for prompt in prompts(16, seed=7, longest=40)]
-    with v2_engine(target, None, enable_prefix_caching=True) as llm:
-        expected = [*greedy(llm, asked[:1], 24), *greedy(llm, asked, 24)]
-    with v2_engine(target, way, draft, enable_prefix_caching=True) as llm:
-        before = draft.stats()
-        assert [*greedy(llm, asked[:1], 24), *greedy(llm, asked, 24)] == expected
-        eventually(lambda: counters(llm)["asked"] == counters(llm)["answered"])
+    before = draft.stats()
+    assert [*fresh_greedy(llm, sharing_prompts()[:1], 24), *greedy(llm, sharing_prompts(), 24)] == plain.sharing
+    eventually(lambda: counters(llm)["asked"] == counters(llm)["answered"])
     after = draft.stats()
     assert after.proposals > before.proposals
     assert after.proposals_with_gap == before.proposals_with_gap
 
 
-def test_thousands_of_requests_leave_nothing_behind(target: Path, draft: Draft) -> None:
+def test_thousands_of_requests_leave_nothing_behind(llm: Any, draft: Draft, plain: Plain) -> None:
     """Random lengths, aborts, sampling settings and concurrency; no token of a greedy request differs."""
+    from tests.vllm.vllm_tools import greedy
+
+    fuzz, texts = Fuzz.drawn(), run_fuzz(llm, Fuzz.drawn(), plain)
+    for i, text in plain.fuzzed.items():
+        seen = texts.get(i, [])
+        assert seen == text[: len(seen)]
+        assert i in fuzz.doomed or len(seen) == fuzz.lengths[i]
+    assert counters(llm)["released"] == 0
+    # The next requests tell the draft of those that ended with the last step.
+    greedy(llm, [[1, 2, 3]], 2)
+    greedy(llm, [[1, 2, 3]], 2)
+    assert draft.stats().resident_requests <= 1
+    usage = {metric.name: metric for metric in llm.get_metrics()}.get("vllm:kv_cache_usage_perc")
+    assert usage is None or usage.value == 0
+
+
+def run_fuzz(llm: Any, fuzz: Fuzz, plain: Plain) -> dict[int, list[int]]:
+    """Tokens of every request, as many as it lived to say."""
     from vllm import SamplingParams
 
-    from tests.vllm.vllm_tools import greedy
+    llm.reset_prefix_cache()
+    generator, engine = random.Random(10), llm.llm_engine
+    waiting, running, texts = list(range(NUM_FUZZED)), {}, {}
+    while waiting or running:
+        for _ in range(generator.randint(0, 6)):
+            if waiting and len(running) < 48:
+                i = waiting.pop()
+                sampled = {"temperature": generator.uniform(0.2, 1.5), "top_p": generator.uniform(0.5, 1.0)}
+                params = SamplingParams(
+                    max_tokens=fuzz.lengths[i],
+                    ignore_eos=True,
+                    detokenize=False,
+                    **({"temperature": 0.0} if i in plain.fuzzed else sampled),
+                )
+                engine.add_request(f"{i}", {"prompt_token_ids": fuzz.asked[i]}, params)
+                running[i] = 0
+        for output in engine.step():
+            i = int(output.request_id)
+            texts[i] = list(output.outputs[0].token_ids)
+            if output.finished:
+                running.pop(i, None)
+        for i in list(running):
+            running[i] += 1
+            if running[i] == fuzz.doomed.get(i):
+                engine.abort_request([f"{i}"])
+                del running[i]
+    return texts
 
-    generator = random.Random(8)
-    asked = prompts(NUM_FUZZED, seed=9)
-    lengths = [generator.randint(1, 60) for _ in asked]
-    greedy_ones = [i for i in range(NUM_FUZZED) if generator.random() < 0.7]
-    doomed = {i: generator.randint(1, 40) for i in range(NUM_FUZZED) if generator.random() < 0.1}
-    with v2_engine(target, None) as llm:
-        plain = greedy(llm, [asked[i] for i in greedy_ones], 60)
-    expected = dict(zip(greedy_ones, plain, strict=True))
-    with v2_engine(target, "same host", draft) as llm:
-        engine, waiting, running, texts = llm.llm_engine, list(range(NUM_FUZZED)), {}, {}
-        while waiting or running:
-            for _ in range(generator.randint(0, 6)):
-                if waiting and len(running) < 48:
-                    i = waiting.pop()
-                    sampled = {"temperature": generator.uniform(0.2, 1.5), "top_p": generator.uniform(0.5, 1.0)}
-                    params = SamplingParams(
-                        max_tokens=lengths[i],
-                        ignore_eos=True,
-                        detokenize=False,
-                        **({"temperature": 0.0} if i in expected else sampled),
-                    )
-                    engine.add_request(f"{i}", {"prompt_token_ids": asked[i]}, params)
-                    running[i] = 0
-            for output in engine.step():
-                i = int(output.request_id)
-                texts[i] = list(output.outputs[0].token_ids)
-                if output.finished:
-                    running.pop(i, None)
-            for i in list(running):
-                running[i] += 1
-                if running[i] == doomed.get(i):
-                    engine.abort_request([f"{i}"])
-                    del running[i]
-        for i, text in expected.items():
-            seen = texts.get(i, [])
-            assert seen == text[: len(seen)]
-            assert i in doomed or len(seen) == lengths[i]
-        assert counters(llm)["released"] == 0
-        # The next request tells the draft of those that ended with the last step.
-        greedy(llm, [[1, 2, 3]], 2)
-        greedy(llm, [[1, 2, 3]], 2)
-        assert draft.stats().resident_requests <= 1
-        usage = {metric.name: metric for metric in llm.get_metrics()}.get("vllm:kv_cache_usage_perc")
-        assert usage is None or usage.value == 0
+
+def test_a_draft_that_stops_dies_and_comes_back_changes_no_token(llm: Any, draft: Draft, plain: Plain) -> None:
+    asked = prompts(16, seed=5, longest=40)
+    assert fresh_greedy(llm, asked, 180) == plain.long
+
+    def disturb(number: signal.Signals) -> None:
+        time.sleep(0.3)
+        draft.signal(number)
+
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        answered = counters(llm)["answered"]
+        thread = threading.Thread(target=disturb, args=(number,))
+        thread.start()
+        for _ in range(4):
+            assert fresh_greedy(llm, asked, 180) == plain.long
+        thread.join()
+        assert counters(llm)["answered"] >= answered
+        if number == signal.SIGSTOP:
+            draft.signal(signal.SIGCONT)
+        else:
+            draft.process.join(10)
+            draft.start()
+        eventually(lambda: counters(llm)["is_ready"], 10)
+        before = counters(llm)
+        assert fresh_greedy(llm, asked, 180) == plain.long
+        after = counters(llm)
+        assert after["answered"] > before["answered"]
+        assert after["released"] == before["released"]
+
+
+def test_a_draft_without_targets_holds_nothing(draft: Draft) -> None:
+    """Last: the engines are gone."""
     eventually(lambda: draft.stats().resident_requests == 0, 10)
     assert draft.stats().resident_pages == 0
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_a_draft_that_stops_dies_and_comes_back_changes_no_token(target: Path, draft: Draft, way: str) -> None:
-    from tests.vllm.vllm_tools import greedy
-
-    asked = prompts(16, seed=5, longest=40)
-    with v2_engine(target, None) as llm:
-        expected = greedy(llm, asked, 180)
-    with v2_engine(target, way, draft) as llm:
-        assert greedy(llm, asked, 180) == expected
-
-        def disturb(number: signal.Signals) -> None:
-            time.sleep(0.3)
-            draft.signal(number)
-
-        for number in (signal.SIGSTOP, signal.SIGKILL):
-            answered = counters(llm)["answered"]
-            thread = threading.Thread(target=disturb, args=(number,))
-            thread.start()
-            for _ in range(4):
-                assert greedy(llm, asked, 180) == expected
-            thread.join()
-            assert counters(llm)["answered"] >= answered
-            if number == signal.SIGSTOP:
-                draft.signal(signal.SIGCONT)
-            else:
-                draft.process.join(10)
-                draft.start()
-            eventually(lambda: counters(llm)["is_ready"], 10)
-            before = counters(llm)
-            assert greedy(llm, asked, 180) == expected
-            after = counters(llm)
-            assert after["answered"] > before["answered"]
-            assert after["released"] == before["released"]

@@ -13,9 +13,10 @@ import torch
 from tests.mailbox_tools import LAYOUT, ImaginedTarget, answers
 from tests.pairing_tools import SHAPE, eventually, tiny_draft
 from unmask.errors import ConfigError, WireError
+from unmask.files import private_folder
 from unmask.pairing.hello import hello_of
 from unmask.pairing.mailbox import Control, Mailbox, is_orphaned, take_tokens
-from unmask.pairing.mailbox_folder import new_path, private_folder
+from unmask.pairing.mailbox_folder import new_path
 from unmask.pairing.mailbox_layout import DEPTH, Layout
 from unmask.pairing.mailbox_reader import Asked, MailboxReader, MailboxService
 from unmask.pairing.mailbox_target import MailboxTarget, write_offer

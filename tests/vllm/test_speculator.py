@@ -80,10 +80,11 @@ def vllm_config(smollm2, tmp_path_factory):
 
 
 def test_a_version_that_was_not_tested_is_refused_by_name() -> None:
-    from engines.speculator import check_interfaces, install
+    from engines.runner_hooks import check_interfaces, install
+    from engines.speculator import RemoteSpeculator
 
     with pytest.raises(ConfigError, match=r"V2 runner; install a version >=0\.26\.0,<0\.27"):
-        install()
+        install(RemoteSpeculator)
     with pytest.raises(ConfigError, match=r"vLLM 0\.32: BaseSpeculator\.propose takes"):
         check_interfaces("0.32")
 

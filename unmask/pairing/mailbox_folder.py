@@ -9,7 +9,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from unmask.errors import ConfigError, WireError
+from unmask.errors import WireError
+from unmask.files import private_folder
 from unmask.pairing.local_drafting import LocalDrafting
 from unmask.pairing.mailbox import SUFFIX, Mailbox, is_orphaned, remove_files
 from unmask.pairing.mailbox_reader import MailboxService
@@ -82,15 +83,6 @@ class MailboxFolder:
         service, drafting = self._served.pop(path)
         service.close()
         drafting.close()
-
-
-def private_folder(path: Path) -> Path:
-    """The folder, made for this user alone if it is missing. Raises ConfigError if others can write there."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = path.stat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise ConfigError(f"other users can write to '{path}'; make it this user's own, mode 700", field="mailboxes")
-    return path
 
 
 def new_path(folder: Path) -> Path:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from unmask.errors import WireError
+from unmask.files import private_folder
 from unmask.pairing.announcement import Announcement
 from unmask.pairing.local_drafting import LocalDrafting
 from unmask.pairing.mailbox import Control, Mailbox
-from unmask.pairing.mailbox_folder import private_folder
 from unmask.pairing.mailbox_layout import MAX_HASHES, Layout
 from unmask.pairing.mailbox_reader import MailboxService
 from unmask.pairing.mailbox_words import BEGUN, DOORBELL, REPLY, STEP_MASK, TAKEN, is_reached, signed

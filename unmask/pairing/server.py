@@ -114,6 +114,7 @@ class DraftServer:
         self._host, self._port = host, port
         self.address = host
         """Where target workers connect, once started: `host:port` or `unix:/path`."""
+        self.mailbox_folder = str(mailbox_folder) if mailbox_folder else None
         self._listener: socket.socket | None = None
         self._lock = threading.Lock()
         self._stopping = False

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from engines.draft_arguments import first_spans, graphs_of
+from engines.load_watch import LoadWatch
+
+
+class ImaginedLoad:
+    """Steps whose verification takes `fixed_s`, and `row_s` a row; drafts are right with a chance of `rate`."""
+
+    def __init__(self, monkeypatch, fixed_s: float, row_s: float, rate: float) -> None:
+        self.fixed_s, self.row_s, self.rate = fixed_s, row_s, rate
+        self.now_s = 0.0
+        self.generator = np.random.default_rng(0)
+        monkeypatch.setattr("engines.load_watch.time.perf_counter", lambda: self.now_s)
+        self.table = [15] * 65
+        self.watch = LoadWatch([3, 7, 15], self.table, torch.device("cpu"))
+
+    def run(self, batch_size: int, steps: int) -> None:
+        for _ in range(steps):
+            k = self.table[batch_size]
+            hits = self.generator.random((batch_size, k)) < self.rate
+            sampled = 1 + np.cumprod(hits, axis=1).sum(axis=1)
+            self.watch.begin(np.full(batch_size, k + 1), k, torch.from_numpy(sampled))
+            self.now_s += 1e-3 + 1e-6 * batch_size * (k + 1)
+            self.watch.answered()
+            self.now_s += self.fixed_s + self.row_s * batch_size * (k + 1)
+            self.table = self.watch.poll() or self.table
+
+
+def test_more_is_drafted_where_rows_cost_nothing_and_drafts_are_right(monkeypatch) -> None:
+    load = ImaginedLoad(monkeypatch, fixed_s=8e-3, row_s=0.0, rate=0.86)
+    load.run(4, 600)
+    assert load.table == [15] * 65
+
+
+def test_less_is_drafted_under_load_and_where_drafts_are_wrong(monkeypatch) -> None:
+    load = ImaginedLoad(monkeypatch, fixed_s=6e-3, row_s=2e-5, rate=0.8)
+    load.run(64, 800)
+    assert load.table[64] < 15
+    # Nothing has been seen of small batches.
+    assert load.table[1:9] == [15] * 8
+    wrong = ImaginedLoad(monkeypatch, fixed_s=6e-3, row_s=2e-5, rate=0.2)
+    wrong.run(64, 800)
+    assert wrong.table[64] == 3
+
+
+def test_steps_with_prompts_say_nothing(monkeypatch) -> None:
+    load = ImaginedLoad(monkeypatch, fixed_s=6e-3, row_s=2e-5, rate=0.8)
+    for _ in range(200):
+        load.watch.begin(np.array([16, 100]), 15, torch.tensor([3, 1]))
+        load.watch.answered()
+        assert load.watch.poll() is None
+    assert load.watch.controller.costs["verify"].seconds(np.array([16])) is None
+
+
+@pytest.mark.parametrize(
+    ("k", "most", "expected"),
+    [
+        (15, 8, ((1, 8, 15),)),
+        (15, 32, ((1, 16, 15), (17, 32, 7))),
+        (15, 256, ((1, 16, 15), (17, 128, 7), (129, 256, 3))),
+        (1, 20, ((1, 16, 1), (17, 20, 1))),
+    ],
+)
+def test_first_spans_reach_to_the_largest_batch(k: int, most: int, expected: tuple) -> None:
+    assert first_spans(k, most) == expected
+
+
+def test_every_k_has_a_graph_for_full_batches() -> None:
+    graphs = graphs_of(48, {15, 7})
+    sizes = graphs["cudagraph_capture_sizes"]
+    assert {48 * 16, 48 * 8, 16, 8} <= set(sizes)
+    assert graphs["max_cudagraph_capture_size"] == max(sizes) == 48 * 16
+    assert sizes == sorted(set(sizes))
