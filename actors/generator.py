@@ -153,6 +153,9 @@ class Generator:
             completion = await asyncio.wrap_future(self._engine.submit(ids, self._options(sample)))
         except PromptError as error:
             return self._trajectory(sample, ids, None, str(error))
+        if completion.finish_reason not in ("stop", "length"):
+            # Cut off in the middle, it would be learned as if the teacher had meant it.
+            return self._trajectory(sample, ids, completion, f"the engine ended it with '{completion.finish_reason}'")
         return self._trajectory(sample, ids, completion, None, await self._verdict(completion, reference))
 
     async def _verdict(self, completion: Completion, reference: Any) -> bool | None:

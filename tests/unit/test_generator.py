@@ -43,6 +43,8 @@ class EchoEngine:
         self.waiting -= 1
         if options.seed is not None and options.seed % 5 == 0:
             future.set_exception(PromptError("the engine refuses the prompt: too odd"))
+        elif options.seed is not None and options.seed % 7 == 0:
+            future.set_result(Completion([5], "abort"))
         else:
             future.set_result(Completion([(options.seed or 0) % 40_000, 2], "stop"))
 
@@ -85,6 +87,9 @@ def test_every_sample_is_written_once_in_order(recipe: Recipe, record: TargetRec
     assert len({row.sample_id for row in rows}) == 16
     assert {row.error for row in rows if row.meta["index"] == 3} == {"prompt: must not be empty"}
     assert all(row.response_ids[1:] == [2] and row.num_forwards == 2 for row in rows if row.error is None)
+    cut = [row for row in rows if row.finish_reason == "abort"]
+    assert cut
+    assert {row.error for row in cut} == {"the engine ended it with 'abort'"}
     assert generator._engine.most_waiting > 8, "samples of both shards were in flight together"
 
 

@@ -18,6 +18,7 @@ from serve_app.backend import ReplicaReport
 from serve_app.diffusion_engine import EngineStats
 from serve_app.replica_stats import diffusion_metrics, draft_metrics, target_metrics
 from serve_app.telemetry import Telemetry
+from unmask.config import ServeConfig
 from unmask.pairing.server import DraftStats
 from unmask.pairing.status import FIELDS
 
@@ -76,3 +77,18 @@ def test_rules_are_complete() -> None:
     for rule in rules:
         assert rule["labels"]["severity"] in ("page", "ticket")
         assert rule["annotations"]["summary"].endswith(".")
+
+
+def test_prometheus_scrapes_what_the_service_serves_and_finds_its_rules() -> None:
+    config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yaml").read_text())
+    assert config["rule_files"] == ["alerts.yaml"]
+    assert (DEPLOY / "prometheus" / config["rule_files"][0]).is_file()
+    [job] = config["scrape_configs"]
+    assert job["metrics_path"] == "/metrics"
+    assert job["authorization"]["type"] == "Bearer"
+    port = ServeConfig().port
+    assert job["static_configs"] == [{"targets": [f"127.0.0.1:{port}"]}]
+    intervals = re.fullmatch(r"(\d+)s", config["global"]["scrape_interval"])
+    # `rate` over the rules' shortest window needs two scrapes in it.
+    assert intervals is not None
+    assert 2 * int(intervals[1]) <= 60
