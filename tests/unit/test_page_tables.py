@@ -252,3 +252,13 @@ def test_only_a_request_of_its_own_pages_is_covered() -> None:
     assert not tables.cover([(0, 2)], 1, 3)
     tables.reserve([(0, 1)], np.array([5]), np.array([0]))
     assert not tables.cover([(0, 1)], 1, 3)
+
+
+def test_a_request_that_went_back_into_its_gap_holds_no_page() -> None:
+    tables = PageTables(3, 4)
+    tables.reserve([(0, 1)], np.array([3]), np.array([1]))
+    assert tables.resident_pages == 1
+    tables.reserve([(0, 1)], np.array([2]), np.array([0]))
+    assert (tables.length((0, 1)), tables.num_rows((0, 1)), tables.resident_pages) == (2, 0, 0)
+    tables.reserve([(0, 1)], np.array([2]), np.array([5]))
+    assert (tables.num_rows((0, 1)), tables.resident_pages) == (5, 2)

@@ -257,8 +257,12 @@ class PageTables:
             entry.went_back = True
         if start <= entry.gap_start:
             entry.gap_start = entry.gap_end = 0
-        else:
-            entry.gap_end = min(entry.gap_end, start)
+            return
+        entry.gap_end = min(entry.gap_end, start)
+        if entry.gap_end == start:
+            # Nothing is held behind the gap any more.
+            self._shrink(entry, -(-entry.gap_start // self.page_size))
+            entry.num_pages = -(-start // self.page_size)
 
     def _grow(self, entry: _Entry, start: int, end: int) -> bool:
         """Give positions `start .. end - 1` pages that may be written; False if there are not enough."""
