@@ -33,6 +33,7 @@ from unmask.types import SamplingOptions
 
 PEAK_FLOPS = 800e12
 """bfloat16 products measured on an H100."""
+DEVELOPMENT = "development"
 _SAVE_EVERY_S = 60.0
 
 
@@ -106,7 +107,11 @@ class Benchmark:
             max_new_tokens=scale.max_new_tokens, beyond=self.k, eos_id=self.tokenizer.eos_token_id,
         )  # fmt: skip
         found: dict[str, list[Response]] = {}
-        for name, prompts in (("gsm8k", self.prompts.gsm8k()), ("mtbench", self.prompts.mtbench())):
+        of_prompts = self.prompts
+        held_out = {
+            "gsm8k": of_prompts.gsm8k(), "mtbench": of_prompts.mtbench(), DEVELOPMENT: of_prompts.development()
+        }  # fmt: skip
+        for name, prompts in held_out.items():
             for temperature in (0.0, 1.0):
                 chosen = prompts[: min(scale.eval_prompts, scale.rows)]
                 found[f"{name}@{temperature:g}"] = sampler.generate(chosen, temperature)
@@ -212,9 +217,11 @@ class Benchmark:
             torch.cuda.synchronize()
 
     def measure(
-        self, draft: DFlashDraft, trainer: str, recipe: str, config: DistillConfig, run: dict[str, float]
-    ) -> list[dict[str, Any]]:
-        """Replay a draft on every set; one row a set, and one without repetitive responses."""
+        self, draft: DFlashDraft, trainer: str, recipe: str, config: DistillConfig, run: dict[str, float],
+        *, to_choose: bool = False,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Replay a draft on the test sets, or on those by which recipes are chosen; one row a set, and one without
+        repetitive responses."""
         per_step = config.tokens_per_step or 0
         sequences = len(self.train) / max(sum(len(r.prompt) + len(r.tokens) for r in self.train) / per_step, 1)
         shared = {
@@ -225,6 +232,8 @@ class Benchmark:
         }  # fmt: skip
         rows = []
         for name, responses in self.sets.items():
+            if name.startswith(DEVELOPMENT) != to_choose:
+                continue
             texts = [TokenSequence(r.prompt + r.tokens + r.beyond, len(r.prompt)) for r in responses]
             accepted = replay_draft(self.target, draft.eval(), texts, [len(r.tokens) for r in responses])
             rows += self.rows(shared, name, responses, accepted)

@@ -4,7 +4,8 @@
 
 `--data` holds gsm8k/, mtbench/ and selfinstruct/ (jsonl.gz). The target answers GSM8K's training prompts and the
 self-instruct prompts; drafts are trained on its answers, and measured by replay on held-out GSM8K prompts and on the
-first turns of MT-bench, at temperature 0 and 1, beside n-grams that fill the same K, and by the real loop on a few.
+first turns of MT-bench, at temperature 0 and 1, beside n-grams that fill the same K, and by the real loop on a few. The
+table of recipes is measured on training prompts that were kept aside.
 
 The work is cut into cases (`--list`), run in order unless `--cases` names some (`ablation-00` means its three seeds).
 Each leaves a JSON file in `--state`, and all rows are merged into `--out`. A case that is there is not run again, and
@@ -149,7 +150,8 @@ def equal(bench: Benchmark) -> Outcome:
 def ablation(bench: Benchmark, line: int, seed: int) -> Outcome:
     """A line of the table."""
     name, change = ABLATIONS[line]
-    return _train_and_measure(bench, name, replace(bench.scale.config, seed=seed, **change), bench.scale.ablation_steps)
+    config = replace(bench.scale.config, seed=seed, **change)
+    return _train_and_measure(bench, name, config, bench.scale.ablation_steps, to_choose=True)
 
 
 def second(bench: Benchmark, stage: int, seed: int) -> Outcome:
@@ -185,10 +187,12 @@ def _texts(bench: Benchmark, draft: Any, responses: list[Response], *, rejected:
     return found
 
 
-def _train_and_measure(bench: Benchmark, name: str, config: DistillConfig, steps: int) -> Outcome:
+def _train_and_measure(
+    bench: Benchmark, name: str, config: DistillConfig, steps: int, *, to_choose: bool = False
+) -> Outcome:
     trainer = bench.trainer(config, bench.features(), bench.new_draft(config.seed))
     run = bench.run(trainer, steps=steps)
-    return bench.measure(trainer.average, "ours", name, config, run), {"run": run}
+    return bench.measure(trainer.average, "ours", name, config, run, to_choose=to_choose), {"run": run}
 
 
 def cases() -> dict[str, Callable[[Benchmark], Outcome]]:
