@@ -44,6 +44,8 @@ _BATCH = {
     "num_reqs",
     "num_tokens",
     "num_scheduled_tokens",
+    "num_computed_tokens_np",
+    "prefill_len_np",
     "idx_mapping",
     "query_start_loc",
     "positions",

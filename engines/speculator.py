@@ -184,6 +184,7 @@ class RemoteSpeculator(BaseSpeculator):
                 longest=int(input_batch.num_scheduled_tokens.max()),
                 k=self.ks[num_requests],
                 hashes=hashes,
+                wanted=_ends_a_prompt(input_batch),
                 mark=self.times,
             )
             if self.times is not None:
@@ -227,6 +228,11 @@ class RemoteSpeculator(BaseSpeculator):
         shapes = ((self.width, wide), (num_tokens, wide), (num_tokens, 2 * self.width))
         held = [torch.empty(shape, **options) for shape in shapes]
         del held
+
+
+def _ends_a_prompt(batch: InputBatch) -> bool:
+    """Whether any request has its next token sampled in this step."""
+    return bool((batch.num_computed_tokens_np + batch.num_scheduled_tokens >= batch.prefill_len_np).any())
 
 
 def _spans(table: Sequence[int]) -> str:

@@ -261,6 +261,31 @@ def test_two_threads_exchange_steps_and_every_row_is_the_targets_own(mailbox, ta
     assert len(set(told)) > 3
 
 
+def test_only_the_step_after_a_prompts_middle_waits_for_it(mailbox, target, echo) -> None:
+    imagined = ImaginedTarget(seed=5)
+    echo.delay.set()
+    step = imagined.step()
+    tokens = target.propose(step.names, step.states, step.tensors, longest=step.longest, k=K, wanted=False)
+    assert (tokens == -1).all()
+    assert mailbox.is_waiting
+    following = imagined.step()
+    asked = threading.Thread(
+        target=lambda: target.propose(
+            following.names, following.states, following.tensors, longest=following.longest, k=K
+        )
+    )
+    asked.start()
+    time.sleep(0.05)
+    # The first step's rows are still there.
+    assert mailbox.word(BEGUN) == mailbox.word(DOORBELL)
+    assert not echo.seen
+    echo.delay.clear()
+    asked.join()
+    assert [seen.number for seen in echo.seen] == [1, 2]
+    expected = echo.hello.projection(torch.cat([raw for *_, raw, _ in following.seen]))
+    torch.testing.assert_close(echo.seen[1].features[: len(expected)], expected)
+
+
 def test_nothing_is_asked_without_a_watchdog_a_draft_or_a_closed_breaker(mailbox, target, echo) -> None:
     step = ImaginedTarget(seed=0).step()
 

@@ -153,6 +153,8 @@ def input_batch(names: list[str], positions: torch.Tensor, starts: torch.Tensor)
         "num_reqs": len(names),
         "num_tokens": len(positions),
         "num_scheduled_tokens": np.diff(starts.numpy()),
+        "num_computed_tokens_np": positions[starts[:-1].long()].numpy(),
+        "prefill_len_np": np.ones(len(names), dtype=np.int32),
         "idx_mapping": torch.arange(2, 2 + len(names), dtype=torch.int32),
         "query_start_loc": starts,
         "positions": positions,

@@ -45,6 +45,7 @@ class MailboxTarget:
     ) -> None:
         self._mailbox, self._words, self._shape, self._device, self._absent = mailbox, words, shape, device, absent
         self._step = mailbox.word(DOORBELL)
+        self._unawaited: int | None = None
         self._numbers = RequestNumbers()
         self._finished: list[tuple[int, int]] = []
         self._token_words = torch.from_numpy(mailbox.tokens)
@@ -95,6 +96,7 @@ class MailboxTarget:
         longest: int,
         k: int,
         hashes: Sequence[Sequence[int]] = (),
+        wanted: bool = True,
         mark: Mark | None = None,
     ) -> Tensor:
         """Proposals of one step, queued on the stream.
@@ -107,6 +109,8 @@ class MailboxTarget:
             k: tokens to draft for each request.
             hashes: of each request's last full pages (see `PageHashes`), where the host knows their tokens; a step
                 that has too many to tell is sent without.
+            wanted: False where all requests are in the midst of their prompts: the draft takes their rows in while the
+                target goes on, and only the next step waits for it.
             mark: see `Mark`.
 
         Returns:
@@ -133,6 +137,10 @@ class MailboxTarget:
                 **_told(hashes),
             )
         )
+        if self._unawaited is not None:
+            # Its rows lie where those of this step will.
+            self._words.wait(REPLY, self._unawaited)
+            self._unawaited = None
         self._words.write(BEGUN, number)
         mark("begun")
         num_tokens = len(step.positions)
@@ -141,6 +149,9 @@ class MailboxTarget:
         self._pack(step, features.to(self._mailbox.layout.dtype), number, longest)
         self._words.write(DOORBELL, number)
         mark("sent")
+        if not wanted:
+            self._unawaited = number
+            return torch.full((num_rows, self._mailbox.layout.max_k), self._absent, device=self._device)
         self._words.wait(REPLY, number)
         mark("answered")
         token_words = self._token_words[:num_rows].to(self._device, non_blocking=True, copy=True)
