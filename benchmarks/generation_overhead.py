@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
@@ -82,21 +83,25 @@ class TimedEngine(OfflineEngine):
             future.result()
         descriptor, self._notes = tempfile.mkstemp(dir=notes)
         open(descriptor).close()  # noqa: PTH123 - a descriptor, not a path
+        self._lock = threading.Lock()
         self._first: float | None = None
         self._tokens = self._pending = 0
 
     def submit(self, prompt_ids: Any, options: SamplingOptions) -> Future[Completion]:
         """See `OfflineEngine.submit`."""
-        self._first = self._first or time.time()
-        self._pending += 1
+        with self._lock:
+            self._first = self._first or time.time()
+            self._pending += 1
         future = super().submit(prompt_ids, options)
         future.add_done_callback(self._note)
         return future
 
     def _note(self, future: Future[Completion]) -> None:
-        self._tokens += len(future.result().token_ids)
-        self._pending -= 1
-        if not self._pending:
+        with self._lock:
+            self._tokens += len(future.result().token_ids)
+            self._pending -= 1
+            is_idle = not self._pending
+        if is_idle:
             # The file is small, and a batch seldom runs empty.
             Path(self._notes).write_text(json.dumps([self._first, time.time(), self._tokens]))
 
@@ -147,13 +152,19 @@ def run_bare(workload: Workload, folder: Path) -> float:
         engine.add_request(f"warm-up-{number}", prompt, SamplingParams(max_tokens=4, temperature=0, detokenize=False))
     while engine.has_unfinished_requests():
         engine.step()
-    start, tokens = time.time(), 0
-    for row in prompt_rows(recipe.prompts):
-        prompt = {"type": "token", "prompt_token_ids": list(builder.build(row).ids)}
-        engine.add_request(str(row.index), prompt, params.clone())
-    while engine.has_unfinished_requests():
-        tokens += sum(len(output.outputs[0].token_ids) for output in engine.step())
-    return tokens / (time.time() - start)
+    start, tokens, running = time.time(), 0, 0
+    rows = prompt_rows(recipe.prompts)
+    while True:
+        # Twice what runs: tokenising then never keeps the engine waiting.
+        for row in itertools.islice(rows, 2 * workload.max_num_seqs - running):
+            prompt = {"type": "token", "prompt_token_ids": list(builder.build(row).ids)}
+            engine.add_request(str(row.index), prompt, params.clone())
+            running += 1
+        if not running:
+            return tokens / (time.time() - start)
+        ended = [output.outputs[0] for output in engine.step() if output.finished]
+        running -= len(ended)
+        tokens += sum(len(output.token_ids) for output in ended)
 
 
 def write_prompts(path: Path, rows: int) -> None:
