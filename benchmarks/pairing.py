@@ -66,7 +66,7 @@ def main() -> None:
 
 
 @contextmanager
-def draft_process(arguments: argparse.Namespace) -> Iterator[None]:
+def draft_process(arguments: argparse.Namespace) -> Iterator[subprocess.Popen]:
     """The draft, on the last GPU; it serves mailboxes and its link file."""
     folder, shape = arguments.folder, SHAPES[arguments.shape]
     (folder / "secret").write_bytes(SECRET)
@@ -82,7 +82,7 @@ def draft_process(arguments: argparse.Namespace) -> Iterator[None]:
         found = read_link_file(folder / "address")
         options = {"timeout_ms": 30_000.0, "status_file": str(folder / "status")}
         write_link_file(folder / "link", LinkConfig(address=found.address, secret_file=found.secret_file, **options))
-        yield
+        yield process
     finally:
         process.stdin.close()
         process.wait(30)
@@ -98,21 +98,7 @@ def engine_rows(arguments: argparse.Namespace, modes: tuple[str, ...]) -> Iterat
     """Rows of one engine, a process of its own on the first GPU."""
     command = [sys.executable, "-m", "benchmarks.pairing", "--role=engine", *sys.argv[1:]]
     command += [f"--folder={arguments.folder}", "--modes", *modes]
-    environment = os.environ | {
-        "CUDA_VISIBLE_DEVICES": gpu(0),
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        LINK_FILE_VARIABLE: str(arguments.folder / "link"),
-        WATCHDOG_VARIABLE: "3000",
-    }
-    if arguments.tiny:
-        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    else:
-        environment |= {
-            "VLLM_USE_V2_MODEL_RUNNER": "1",
-            "VLLM_USE_FLASHINFER_SAMPLER": "0",
-            MAILBOX_FOLDER_VARIABLE: str(arguments.folder / "boxes"),
-        }
+    environment = os.environ | engine_environment(arguments, 0)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         for line in process.stdout:
             if line.startswith("{"):
@@ -121,6 +107,24 @@ def engine_rows(arguments: argparse.Namespace, modes: tuple[str, ...]) -> Iterat
                 print(line, end="", file=sys.stderr)
     if process.returncode:
         raise RuntimeError(f"the engine of {', '.join(modes)} has failed")
+
+
+def engine_environment(arguments: argparse.Namespace, index: int) -> dict[str, str]:
+    """Variables of an engine's process, on a GPU of those that this process may use."""
+    common = {
+        "CUDA_VISIBLE_DEVICES": gpu(index),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        LINK_FILE_VARIABLE: str(arguments.folder / "link"),
+        WATCHDOG_VARIABLE: "3000",
+    }
+    if arguments.tiny:
+        return common | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return common | {
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        MAILBOX_FOLDER_VARIABLE: str(arguments.folder / "boxes"),
+    }
 
 
 def run_engine(arguments: argparse.Namespace) -> None:
@@ -134,7 +138,7 @@ def run_engine(arguments: argparse.Namespace) -> None:
         if has_table and mode != "production":
             llm.collective_rpc("choose_draft", args=(mode,))
         if mode in REMOTE:
-            _await_draft(llm, arguments)
+            await_draft(llm, arguments)
         for concurrency in arguments.concurrency:
             for policy in ("static", "by batch size") if has_table else ("static",):
                 k = 0 if mode == "target" else _k(policy, concurrency)
@@ -153,12 +157,12 @@ def measure(
     timed = not arguments.tiny and mode != "target"
     length = arguments.tokens * (1 if concurrency > 1 else 2)
     _generate(llm, arguments, concurrency, max(length // 8, K))
-    before, counted = _counters(llm), _asked(llm, arguments, mode)
+    before, counted = counters_of(llm), _asked(llm, arguments, mode)
     if timed:
         llm.collective_rpc("measure_steps", args=(concurrency,))
     seconds = _generate(llm, arguments, concurrency, length)
     times = llm.collective_rpc("step_times")[0] if timed else {}
-    after, asked = _counters(llm), _asked(llm, arguments, mode)
+    after, asked = counters_of(llm), _asked(llm, arguments, mode)
     drafts = after.get("drafts", 0) - before.get("drafts", 0)
     accepted = after.get("accepted", 0) - before.get("accepted", 0)
     tau = 1 + accepted / drafts if drafts else 1.0
@@ -184,7 +188,7 @@ def measure(
         "output_tokens_per_second": round(concurrency * length / seconds, 1),
         "step_ms": {name: round(value, 3) if value is not None else None for name, value in parts.items()},
         "gpus": 0 if arguments.tiny else (1 if mode in ("target", "native") else arguments.gpus),
-        "machine": _machine(arguments),
+        "machine": machine_of(arguments),
         "period_ms": round(period, 3),
         "policy": policy,
         "transport": ("socket" if arguments.tiny else REMOTE[mode]) if mode in REMOTE else None,
@@ -222,7 +226,7 @@ def _kv_cache_tokens(llm: Any) -> int:
     return cache.num_gpu_blocks * cache.block_size
 
 
-def _counters(llm: Any) -> dict[str, float]:
+def counters_of(llm: Any) -> dict[str, float]:
     names = {"vllm:spec_decode_num_drafts": "drafts", "vllm:spec_decode_num_accepted_tokens": "accepted"}
     return {names[metric.name]: metric.value for metric in llm.get_metrics() if metric.name in names}
 
@@ -238,7 +242,7 @@ def _asked(llm: Any, arguments: argparse.Namespace, mode: str) -> dict[str, floa
     return {"answered": answered, "draft_us": 1000 * status["round_trip_ms_sum"], "passed": 0, "released": 0}
 
 
-def _await_draft(llm: Any, arguments: argparse.Namespace) -> None:
+def await_draft(llm: Any, arguments: argparse.Namespace) -> None:
     end = time.monotonic() + 120
     while time.monotonic() < end:
         if arguments.tiny:
@@ -251,7 +255,7 @@ def _await_draft(llm: Any, arguments: argparse.Namespace) -> None:
     raise queue.Empty("no draft within two minutes")
 
 
-def _machine(arguments: argparse.Namespace) -> str:
+def machine_of(arguments: argparse.Namespace) -> str:
     found = machine()
     if arguments.tiny:
         return f"{found['cpu']}, {found['cores']} cores"
@@ -268,6 +272,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a small target and draft on the CPU: shows that it runs")
     parser.add_argument("--concurrency", type=int, nargs="+", default=None)
     parser.add_argument("--tokens", type=int, default=None, help="of each response")
+    parser.add_argument("--max-model-len", type=int, default=None)
     parser.add_argument("--role", choices=("run", "engine"), default="run", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--modes", nargs="+", help=argparse.SUPPRESS)

@@ -1,4 +1,7 @@
-"""The draft process of `benchmarks.pairing`: random weights, served until standard input closes."""
+"""The draft process of `benchmarks.pairing` and `pairing_cases`: random weights, served until standard input closes.
+
+A line on standard input swaps in other weights; `swapped` then holds the versions before and after.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,13 @@ def main() -> None:
     shape, on_gpu = SHAPES[arguments.shape], arguments.device == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     torch.set_num_threads(1)
+
+    def new_draft() -> DFlashDraft:
+        with torch.device(arguments.device):
+            return DFlashDraft(shape.draft()).to(dtype).requires_grad_(False)
+
+    draft = new_draft()
     with torch.device(arguments.device):
-        draft = DFlashDraft(shape.draft()).to(dtype).requires_grad_(False)
         tables = [torch.randn(shape.vocab_size, shape.hidden, dtype=dtype) for _ in range(1 if shape.tied else 2)]
     secret = arguments.folder / "secret"
     server = DraftServer(
@@ -41,7 +49,9 @@ def main() -> None:
     server.start()
     write_link_file(arguments.folder / "address", LinkConfig(address=server.address, secret_file=str(secret)))
     while os.read(sys.stdin.fileno(), 4096):
-        continue
+        before = server.stats().draft_version
+        after = server.swap(new_draft())
+        (arguments.folder / "swapped").write_text(f"{before} {after}")
     server.stop()
 
 

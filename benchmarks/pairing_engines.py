@@ -26,7 +26,7 @@ def engine_options(arguments: argparse.Namespace, modes: tuple[str, ...]) -> dic
         "load_format": "auto" if arguments.tiny else "dummy",
         "skip_tokenizer_init": True,
         "dtype": "float32" if arguments.tiny else "bfloat16",
-        "max_model_len": 512 if arguments.tiny else 2048,
+        "max_model_len": arguments.max_model_len or (512 if arguments.tiny else 2048),
         "max_num_seqs": most,
         "enable_prefix_caching": False,
         "disable_log_stats": False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Shape:
     features: int
     tied: bool
     """Whether the target's head is its embedding."""
+    max_positions: int = 4096
 
     @property
     def layer_ids(self) -> tuple[int, ...]:
@@ -51,7 +52,7 @@ class Shape:
             num_key_value_heads=self.kv_heads,
             head_dim=self.head_dim,
             vocab_size=self.vocab_size,
-            max_position_embeddings=4096,
+            max_position_embeddings=self.max_positions,
             block_size=K + 1,
             mask_token_id=self.vocab_size - 1,
             num_target_layers=self.layers,
@@ -77,6 +78,8 @@ SHAPES = {
         ),
     )
 }  # fmt: skip
+SHAPES["qwen3-8b-20k"] = replace(SHAPES["qwen3-8b"], name="qwen3-8b-20k", max_positions=20480)
+SHAPES["tiny-1k"] = replace(SHAPES["tiny"], name="tiny-1k", max_positions=1024)
 
 
 def write_shape(shape: Shape, folder: Path) -> None:
@@ -88,7 +91,7 @@ def write_shape(shape: Shape, folder: Path) -> None:
         "num_key_value_heads": shape.kv_heads,
         "head_dim": shape.head_dim,
         "vocab_size": shape.vocab_size,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": shape.max_positions,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1e6,
         "hidden_act": "silu",
