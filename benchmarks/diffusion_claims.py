@@ -47,8 +47,10 @@ def _ratio(slow: Sequence[dict[str, Any]], fast: Sequence[dict[str, Any]], accur
 
 
 def forwards_at(curve: Sequence[dict[str, Any]], accuracy: float) -> float | None:
-    """The fewest forwards of a curve at an accuracy, linear between its settings; None above all of them."""
-    points = sorted((row["accuracy"], row["nfe"]) for row in curve)
+    """The fewest forwards of a curve at an accuracy, linear between the settings that no other one beats in both;
+    None above all of them."""
+    every = sorted((row["accuracy"], row["nfe"]) for row in curve)
+    points = [p for i, p in enumerate(every) if all(nfe > p[1] for _, nfe in every[i + 1 :])]
     above = next((place for place, (reached, _) in enumerate(points) if reached >= accuracy), None)
     if above is None:
         return None

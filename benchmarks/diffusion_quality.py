@@ -109,8 +109,20 @@ class Table:
         self.heats: dict[str, list[list[float]]] = {}
         for path in (out, *others):
             if path.is_file():
-                self.rows += json.loads(path.read_text())
-                self.heats |= json.loads(path.with_suffix(".run.json").read_text())["commit_order"]
+                self._take(path)
+
+    def _take(self, path: Path) -> None:
+        """Rows of an earlier call, and what it noted. Raises ValueError for a setting that was measured twice."""
+        for row in json.loads(path.read_text()):
+            setting = Setting(row["checkpoint"], row["decoder"], row["settings"])
+            if self.has(setting, row["task"], row["batch"]):
+                raise ValueError(f"'{path}' measures {setting} again; leave one of the files out")
+            self.rows.append(row)
+        notes = path.with_suffix(".run.json")
+        if notes.is_file():
+            found = json.loads(notes.read_text())
+            self.heats |= found["commit_order"]
+            self.workshop.log = found["training"] | self.workshop.log
 
     def has(self, setting: Setting, task: str, batch: int) -> bool:
         """Whether a row is there."""
@@ -146,7 +158,8 @@ class Table:
         verifier is as large as its drafter."""
         curves: dict[str, list[tuple[float, float]]] = {}
         for row in self.rows:
-            if row["task"] == "word_problems":
+            # The causal network is the baseline of the table, not a system of this comparison.
+            if row["task"] == "word_problems" and row["decoder"] != "autoregressive":
                 cache = row["settings"].get("cache")
                 name = f"{row['checkpoint']}, {row['decoder']}{f' {cache} cache' if cache else ''}"
                 forwards = 2 if row["decoder"] == "apd" else 1

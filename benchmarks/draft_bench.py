@@ -231,9 +231,10 @@ class Benchmark:
             "steps": int(run["steps"]), "step_ms": 1000 * run["step_seconds"], "loss": run["loss"],
         }  # fmt: skip
         rows = []
-        for name, responses in self.sets.items():
-            if name.startswith(DEVELOPMENT) != to_choose:
-                continue
+        chosen = {name: r for name, r in self.sets.items() if name.startswith(DEVELOPMENT) == to_choose}
+        if not chosen:
+            raise ValueError("the state folder is of another version of this script; begin with a new one")
+        for name, responses in chosen.items():
             texts = [TokenSequence(r.prompt + r.tokens + r.beyond, len(r.prompt)) for r in responses]
             accepted = replay_draft(self.target, draft.eval(), texts, [len(r.tokens) for r in responses])
             rows += self.rows(shared, name, responses, accepted)

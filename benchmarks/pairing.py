@@ -175,7 +175,8 @@ def measure(
     parts = {
         "verify": times.get("verify", period if mode == "target" else None),
         "features": times.get("features"),
-        "transport": max(wait - draft_ms, 0.0) if wait is not None and draft_ms is not None else None,
+        # The draft's time is a mean over all steps, the others are medians of full ones: they need not add up.
+        "transport": wait - draft_ms if wait is not None and draft_ms is not None else None,
         "draft": draft_ms,
         "reply": times.get("reply"),
     }

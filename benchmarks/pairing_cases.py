@@ -14,6 +14,7 @@ lies beside the draft.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -69,24 +70,35 @@ def swap(arguments: argparse.Namespace, draft: subprocess.Popen) -> dict[str, An
         if engine.poll() is not None:
             raise RuntimeError("the engine has ended")
         time.sleep(0.05)
-    time.sleep(1.0)
+    time.sleep(3.0)
     began = time.time()
     draft.stdin.write(b"swap\n")
     draft.stdin.flush()
     report = _finish(engine)
     ended = (arguments.folder / "swapped").stat().st_mtime
     before, after = (arguments.folder / "swapped").read_text().split()
-    pauses = [1000 * (b - a) for a, b in zip(report["steps"], report["steps"][1:], strict=False)]
-    around = [p for p, at in zip(pauses, report["steps"], strict=False) if began - 0.5 <= at <= ended + 2]
+    if not report["steps"][0][0] < began < ended < report["steps"][-1][-1]:
+        raise RuntimeError("the load did not run throughout the swap")
+    # Between two rounds of requests there is a pause of its own.
+    pauses = [(a, 1000 * (b - a)) for steps in report["steps"] for a, b in itertools.pairwise(steps)]
+    calm = [pause for at, pause in pauses if at < began]
+    around = [pause for at, pause in pauses if began <= at <= ended + 2]
     return {
         "swap_seconds": round(ended - began, 2),
         "version_changed": before != after,
         "requests": report["requests"],
         "failed": report["failed"],
-        "pause_ms_median": round(median(pauses), 2),
-        "pause_ms_p99_around": round(quantiles(around, n=100)[98], 2),
-        "pause_ms_max_around": round(max(around), 2),
+        **{f"pause_ms_{name}_before": figure for name, figure in _figures(calm).items()},
+        **{f"pause_ms_{name}_around": figure for name, figure in _figures(around).items()},
         "proposals_again": report["answered_last"] > 0,
+    }
+
+
+def _figures(pauses: list[float]) -> dict[str, float]:
+    return {
+        "median": round(median(pauses), 2),
+        "p99": round(quantiles(pauses, n=100)[98], 2),
+        "max": round(max(pauses), 2),
     }
 
 
@@ -156,29 +168,35 @@ def _generate(llm: Any, prompts: list[dict[str, list[int]]], tokens: int) -> lis
 
 def _swap(arguments: argparse.Namespace) -> dict[str, Any]:
     """When each step ended, while requests run for some seconds."""
-    batch = 4 if arguments.tiny else 32
-    llm, steps = _engine(arguments, batch), []
+    batch, length = (4, 200) if arguments.tiny else (32, 1500)
+    steps: list[list[float]] = []
+    llm = _engine(arguments, batch)
     prompts = _prompts(arguments, batch, 64)
     _generate(llm, prompts, 32)
     step = llm.llm_engine.step
 
     def watched() -> Any:
         found = step()
-        steps.append(time.time())
+        steps[-1].append(time.time())
         return found
 
     llm.llm_engine.step = watched
     (arguments.folder / "running").touch()
     lengths: list[int] = []
-    end = time.time() + (12 if arguments.tiny else 10)
+    end = time.time() + 15
     while time.time() < end:
-        lengths += _generate(llm, prompts, 200)
+        steps.append([])
+        lengths += _generate(llm, prompts, length)
+        # A round ends as its requests do, one by one.
+        del steps[-1][int(0.7 * len(steps[-1])) :]
     answered = _answered(llm, arguments)
+    steps.append([])
     _generate(llm, prompts, 32)
+    steps.pop()
     return {
         "steps": steps,
         "requests": len(lengths),
-        "failed": sum(length != 200 for length in lengths),
+        "failed": sum(found != length for found in lengths),
         "answered_last": _answered(llm, arguments) - answered,
     }
 
@@ -192,7 +210,7 @@ def _answered(llm: Any, arguments: argparse.Namespace) -> float:
 
 
 def _rate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second; where two run together, from when both are there."""
+    """Tokens a second of a round, the median; where two run together, for as long as both do."""
     batch, tokens = (4, 32) if arguments.tiny else (32, 512)
     llm = _engine(arguments, batch)
     prompts = _prompts(arguments, batch, 64)
@@ -201,10 +219,14 @@ def _rate(arguments: argparse.Namespace) -> dict[str, Any]:
         (arguments.folder / f"ready-{time.time_ns()}").touch()
         while len(list(arguments.folder.glob("ready-*"))) < 2:
             time.sleep(0.01)
-    rounds, began = 3, time.perf_counter()
-    for _ in range(rounds):
+    rounds = []
+    end = time.perf_counter() + (8 if arguments.tiny else 15)
+    while not rounds or time.perf_counter() < end:
+        began = time.perf_counter()
         _generate(llm, prompts, tokens)
-    return {"rate": round(rounds * batch * tokens / (time.perf_counter() - began), 1)}
+        rounds.append(batch * tokens / (time.perf_counter() - began))
+    # The last round may run after the other target has ended.
+    return {"rate": round(median(rounds[:-1] or rounds), 1)}
 
 
 def _role(arguments: argparse.Namespace) -> dict[str, Any]:

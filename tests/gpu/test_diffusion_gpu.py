@@ -51,6 +51,16 @@ def test_one_pass_over_the_vocabulary_equals_the_reference(
         torch.testing.assert_close(found.probability(best), (chosen - logsumexp).exp(), atol=1e-4, rtol=1e-4)
 
 
+def test_a_row_that_is_no_number_is_never_certain() -> None:
+    raw = torch.zeros(1, 3, 97, device="cuda")
+    raw[0, 0] = torch.nan
+    raw[0, 1, 5] = torch.inf
+    found = Logits(raw, 0)
+    assert not (found.entropy_BK[0, :2] <= 1e9).any()
+    assert (found.best_BK != 0).all()
+    assert (found.probability(found.best_BK)[0, :2].isnan()).all()
+
+
 def decoders() -> dict[str, Decoder]:
     bidirectional, shifted = tiny("llada").cuda(), tiny("dream").cuda()
     block_causal = tiny("adapted", attention="block_causal", block_size=2).cuda()

@@ -16,7 +16,7 @@ from unmask.decoding.batch import Window
 from unmask.decoding.decoder import Decoder
 from unmask.decoding.engine import DiffusionEngine, EngineConfig, EngineFull
 from unmask.decoding.generate import generate
-from unmask.decoding.grouping import Limits, group
+from unmask.decoding.grouping import Limits, _cheapest_cuts, group
 from unmask.decoding.registry import build_decoder
 from unmask.decoding.request import Completion, DecodeRequest
 from unmask.decoding.slots import Slots
@@ -324,7 +324,7 @@ def test_no_other_cuts_cost_less(widths: list[int], overhead: int, rounded: bool
         return overhead + shape.num_rows * shape.width
 
     items = sorted((work("dual", width) for width in widths), key=lambda item: -item.window.width)
-    found = sum(cost(members) for members in group(items, bounds, lambda decoder: overhead))
+    found = sum(cost(items[a:b]) for a, b in _cheapest_cuts(items, bounds, overhead))
     # Rows of one width stay together.
     width = [bounds.shape_of([item]).width for item in items]
     borders = [i for i in range(1, len(items)) if width[i] < width[i - 1]]

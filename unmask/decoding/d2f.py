@@ -80,7 +80,8 @@ class Block:
     @property
     def ratio(self) -> float:
         """Committed share."""
-        return 1 - self.num_masked / (self.stop - self.start)
+        size = self.stop - self.start
+        return (size - self.num_masked) / size
 
 
 @dataclass(slots=True, kw_only=True)

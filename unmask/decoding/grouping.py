@@ -80,14 +80,17 @@ def _cheapest_cuts(members: Sequence[Work], limits: Limits, overhead: int) -> li
     """The cuts of rows of falling width whose forwards cost least: each its overhead, and its columns with padding."""
     widths = [round_up(item.window.width, limits.multiple) for item in members]
     borders = [0, *(i for i in range(1, len(widths)) if widths[i] < widths[i - 1]), len(widths)]
+
+    def cost(start: int, stop: int) -> int:
+        most = limits.most_rows(members[start:stop])
+        parts = [min(most, stop - first) for first in range(start, stop, most)]
+        return len(parts) * overhead + sum(map(limits.rows, parts)) * widths[start]
+
     best: list[tuple[int, int]] = [(0, 0)]  # of what lies before each border: cost, and the border before
     for end in range(1, len(borders)):
-        costs = [
-            best[begin][0] + overhead + limits.rows(borders[end] - borders[begin]) * widths[borders[begin]]
-            for begin in range(end)
-        ]
-        cost = min(costs)
-        best.append((cost, costs.index(cost)))
+        costs = [best[begin][0] + cost(borders[begin], borders[end]) for begin in range(end)]
+        least = min(costs)
+        best.append((least, costs.index(least)))
     cuts, end = [], len(borders) - 1
     while end:
         begin = best[end][1]

@@ -18,7 +18,9 @@ _BLOCK = 4096
 def _digest(logits, row_stride, best, logsumexp, entropy, forbidden, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     source = logits + row.to(tl.int64) * row_stride
-    peak, total, moment, winner = float("-inf"), 0.0, 0.0, 0
+    peak, total, moment = float("-inf"), 0.0, 0.0
+    # Of a row without any number, a token that may be committed.
+    winner = tl.where(forbidden == 0, 1, 0)
     for begin in range(0, VOCAB, BLOCK):
         token = begin + tl.arange(0, BLOCK)
         x = tl.load(source + token, mask=(token < VOCAB) & (token != forbidden), other=float("-inf")).to(tl.float32)
@@ -36,7 +38,9 @@ def _digest(logits, row_stride, best, logsumexp, entropy, forbidden, VOCAB: tl.c
         peak = new_peak
     tl.store(best + row, winner)
     tl.store(logsumexp + row, peak + tl.log(total))
-    tl.store(entropy + row, tl.maximum(tl.log(total) - moment / total, 0.0))
+    uncertain = tl.log(total) - moment / total
+    # Rounding may leave a little below 0; what is no number stays none, and is never taken for certain.
+    tl.store(entropy + row, tl.where(uncertain < 0, 0.0, uncertain))
 
 
 def digest(raw_BKV: Tensor, forbidden: int | None) -> tuple[Tensor, Tensor, Tensor]:
