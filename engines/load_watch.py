@@ -68,11 +68,11 @@ class LoadWatch:
             num_sampled: of them, those that were kept, and the new one [R].
         """
         self._steps += 1
-        if self._open is not None:
+        if self._open is not None and len(self._open.marks) == 2:
             # The step before was sampled, and this is when the next one begins.
             self._open.marks.append(self._mark())
             self._pending.append(self._open)
-            self._open = None
+        self._open = None
         batch_size, verified = len(num_scheduled), int(num_scheduled[0]) - 1
         # Steps that hold prompts cost what no K can change.
         is_plain = verified in self.controller.ks and bool((num_scheduled == num_scheduled[0]).all())
@@ -86,6 +86,10 @@ class LoadWatch:
         """The proposals of that step are there."""
         if self._open is not None:
             self._open.marks.append(self._mark())
+
+    def skip(self) -> None:
+        """A step is not asked about: what lies between two that are says nothing."""
+        self._open = None
 
     def poll(self) -> list[int] | None:
         """Take in what has been measured; the new table of K by batch size, if there is one."""

@@ -167,9 +167,13 @@ class RemoteSpeculator(BaseSpeculator):
         if self.target is not None and aux_hidden_states is not None:
             if self.times is not None:
                 self.times.begin(num_requests)
-            if self.watch is not None and self.target.is_ready:
-                self._follow_load()
-                self.watch.begin(input_batch.num_scheduled_tokens, self.ks[num_requests], num_sampled)
+            watch = self.watch
+            if watch is not None and not self.target.is_ready:
+                watch.skip()
+                watch = None
+            if watch is not None:
+                self._follow_load(watch)
+                watch.begin(input_batch.num_scheduled_tokens, self.ks[num_requests], num_sampled)
             tokens = self.target.propose(
                 input_batch.req_ids,
                 aux_hidden_states,
@@ -189,8 +193,8 @@ class RemoteSpeculator(BaseSpeculator):
             )
             if self.times is not None:
                 self.times("end")
-            if self.watch is not None:
-                self.watch.answered()
+            if watch is not None:
+                watch.answered()
         group = get_tp_group()
         return tokens if group.world_size == 1 else group.broadcast(tokens, src=0)
 
@@ -201,9 +205,9 @@ class RemoteSpeculator(BaseSpeculator):
             if scheduler.dynamic_sd_lookup is not None:
                 scheduler.dynamic_sd_lookup = list(ks)
 
-    def _follow_load(self) -> None:
+    def _follow_load(self, watch: LoadWatch) -> None:
         # Where the scheduler is in another process it would not hear of it.
-        table = self.watch.poll() if self.watch is not None and schedulers else None
+        table = watch.poll() if schedulers else None
         if table is not None:
             logger.info("K by batch size is now %s", _spans(table))
             self.set_ks(table)

@@ -30,9 +30,9 @@ from unmask.pairing.wire import Step, pack_rows
 from unmask.types import ProposalRow
 
 
-def new_engine(cls: type[DraftEngine], device: str) -> DraftEngine:
+def new_engine(cls: type[DraftEngine], device: str, **changes: object) -> DraftEngine:
     vocabulary = tiny_vocabulary().to(device)
-    return cls(tiny_draft().to(device), vocabulary, vocabulary, memory_mb=2, page_size=4, graph_ks=range(1, 6))
+    return cls(tiny_draft(**changes).to(device), vocabulary, vocabulary, memory_mb=2, page_size=4, graph_ks=range(1, 6))
 
 
 class CountingEngine(DraftEngine):
@@ -53,10 +53,10 @@ class CountingEngine(DraftEngine):
 class Pair:
     """See above; the target is a thread of the caller's on a CPU, the draft wherever it is put."""
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
+    def __init__(self, folder: Path, device: str = "cpu", **changes: object) -> None:
         self.mailbox = Mailbox.create(folder / "box", LAYOUT)
-        self.engine = new_engine(CountingEngine, device)
-        self.twin = new_engine(DraftEngine, device)
+        self.engine = new_engine(CountingEngine, device, **changes)
+        self.twin = new_engine(DraftEngine, device, **changes)
         self.target = MailboxTarget(self.mailbox, HostWords(self.mailbox), SHAPE, torch.device("cpu"))
         self.numbers: dict[str, int] = {}
         self.finished: list[int] = []

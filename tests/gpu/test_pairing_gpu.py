@@ -133,7 +133,7 @@ def test_a_stream_waits_for_the_reply_and_the_cpu_does_not(shared: Path) -> None
     mailbox = Mailbox.create(shared / "box", LAYOUT)
     words = PinnedMailbox(mailbox)
     start = 2**32 - 3
-    for word in (DOORBELL, REPLY):
+    for word in (BEGUN, DOORBELL, REPLY):
         mailbox.set_word(word, start)
     taken: list[torch.Tensor] = []
     # CUDA loads a kernel at its first launch, which waits for the stream: here for the answer that comes after it.
@@ -142,6 +142,7 @@ def test_a_stream_waits_for_the_reply_and_the_cpu_does_not(shared: Path) -> None
     with watchdog(mailbox, 5000):
         for ahead in range(1, 7):
             number = (start + ahead) % 2**32
+            words.write(BEGUN, number)
             words.write(DOORBELL, number)
             words.wait(REPLY, number)
             found = torch.from_numpy(mailbox.tokens).to("cuda", non_blocking=True, copy=True)
@@ -153,6 +154,7 @@ def test_a_stream_waits_for_the_reply_and_the_cpu_does_not(shared: Path) -> None
             torch.cuda.synchronize()
             assert taken[-1][0].tolist() == [ahead] * LAYOUT.max_k
             assert (taken[-1][1:] == -1).all()
+    words.write(BEGUN, start + 8)
     words.write(DOORBELL, start + 8)
     words.wait(REPLY, start + 8)
     with watchdog(mailbox, 100):

@@ -13,6 +13,8 @@ import torch
 from tests.ahead_tools import NeighbourPair, Pair, RelayedPair
 from tests.mailbox_tools import LAYOUT, ImaginedTarget, TargetStep
 from tests.pairing_tools import HIDDEN, LAYER_IDS, eventually, raw_features
+from unmask.pairing.handover import Handover
+from unmask.pairing.mailbox import Mailbox
 from unmask.pairing.mailbox_words import DOORBELL, LATE, REPLY
 from unmask.pairing.packed_rows import StepTensors
 from unmask.pairing.page_hashes import hash_pages
@@ -128,6 +130,8 @@ def test_a_prefix_that_the_target_had_cached_is_no_gap(kind: type[Pair], tmp_pat
     with kind(tmp_path) as pair:
         first = prefill("first", 0, raw, 7)
         assert pair.ask(first, K, hashes=[pages]) == pair.ask_twin(first, K)
+        following = prefill("first", 13, raw_features(2, seed=6), 9)
+        assert pair.ask(following, K) == pair.ask_twin(following, K)
         # The same prompt again, of which the target had two pages; its draft's twin is shown all of it.
         assert pair.ask(prefill("second", 8, raw[8:], 7), K, hashes=[pages]) == pair.ask_twin(
             prefill("second", 0, raw, 7), K
@@ -172,3 +176,45 @@ def test_a_folder_that_nobody_watches_is_given_up(tmp_path, monkeypatch) -> None
         eventually(lambda: not list(empty.iterdir()))
         eventually(lambda: pair.target.is_ready)
         one_step(imagined, pair)
+
+
+def test_nothing_is_drafted_beyond_the_last_position(tmp_path) -> None:
+    imagined = ImaginedTarget(seed=4, num_slots=2)
+    with Pair(tmp_path, max_position_embeddings=48) as pair:
+        for _ in range(40):
+            step = imagined.step()
+            assert pair.ask(step, K) == pair.ask_twin(step, K)
+        assert max(imagined.reached.values()) > 48
+        assert pair.engine.ahead_steps
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_failure_behind_a_doorbell_ends_the_draft(pair, monkeypatch) -> None:
+    imagined = ImaginedTarget(seed=2, num_slots=1)
+    one_step(imagined, pair)
+    one_step(imagined, pair)
+
+    def fail(step, seen):
+        raise RuntimeError("the device has failed")
+
+    monkeypatch.setattr(pair.engine, "book", fail)
+    step = imagined.step()
+    pair.target.propose(step.names, step.states, step.tensors, longest=step.longest, k=K)
+    eventually(lambda: not pair.batcher.alive)
+    eventually(lambda: not pair.target.is_ready)
+
+
+def test_a_sidecar_that_follows_another_adopts_what_was_handed_over(tmp_path) -> None:
+    mailbox = Mailbox.create(tmp_path / "box.mailbox", LAYOUT)
+    folder = tmp_path / "boxes"
+    folder.mkdir()
+    first, second = Handover(mailbox), Handover(Mailbox(mailbox.path))
+    first.follow(str(folder))
+    assert first.is_given
+    second.adopt(str(folder))
+    assert second.is_given
+    second.take_back()
+    assert not list(folder.iterdir())
+    third = Handover(Mailbox(mailbox.path))
+    third.adopt(str(folder))
+    assert not third.is_given

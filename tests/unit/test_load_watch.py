@@ -76,3 +76,14 @@ def test_every_k_has_a_graph_for_full_batches() -> None:
     assert {48 * 16, 48 * 8, 16, 8} <= set(sizes)
     assert graphs["max_cudagraph_capture_size"] == max(sizes) == 48 * 16
     assert sizes == sorted(set(sizes))
+
+
+def test_a_draft_that_is_away_for_a_while_is_no_cost(monkeypatch) -> None:
+    load = ImaginedLoad(monkeypatch, fixed_s=6e-3, row_s=2e-5, rate=0.8)
+    for _ in range(100):
+        # A sample in every fourth step, then an outage in the midst of one.
+        load.run(8, 8)
+        load.watch.skip()
+        load.now_s += 3.0
+    assert load.watch.controller.costs["verify"].seconds(np.array([8 * 16]))[0] < 0.05
+    load.run(8, 40)

@@ -262,3 +262,20 @@ def test_a_request_that_went_back_into_its_gap_holds_no_page() -> None:
     assert (tables.length((0, 1)), tables.num_rows((0, 1)), tables.resident_pages) == (2, 0, 0)
     tables.reserve([(0, 1)], np.array([2]), np.array([5]))
     assert (tables.num_rows((0, 1)), tables.resident_pages) == (5, 2)
+
+
+def test_what_was_covered_in_vain_is_given_back() -> None:
+    tables = PageTables(128, 4)
+    tables.reserve([(0, 1)], np.array([0]), np.array([160]))
+    assert tables.cover([(0, 1)], 200, 128)
+    assert tables.resident_pages == 90
+    # A gap, in place of the rows that were to come.
+    tables.reserve([(0, 1)], np.array([163]), np.array([2]))
+    assert tables.resident_pages == 42
+    assert tables.cover([(0, 1)], 20, 128)
+    tables.trim([(0, 1), (0, 9)])
+    assert tables.resident_pages == 42
+    assert not tables.cover([(0, 1)], 900, 128)
+    assert tables.resident_pages == 42
+    tables.free((0, 1))
+    assert tables.resident_pages == 0

@@ -50,6 +50,10 @@ class Batcher:
         if self._thread.ident is not None:
             self._thread.join()
 
+    def end(self) -> None:
+        """Take nothing more: the engine has failed on another thread. Whoever waits is told as if it were this one."""
+        self._arrived.put(None)
+
     @property
     def alive(self) -> bool:
         """Whether the engine's thread runs."""

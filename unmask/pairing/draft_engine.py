@@ -191,9 +191,9 @@ class DraftEngine:
 
     def prepare_ahead(self, end: StreamEnd, number: int) -> None:
         """Compile what `ahead` needs, on a mailbox whose step `number` has been answered."""
-        with self._lock:
-            if isinstance(self._blocks, GraphedBlocks):
-                self._blocks.warm_up_ahead(end, number)
+        blocks = self._blocks
+        if isinstance(blocks, GraphedBlocks):
+            blocks.warm_up_ahead(end, number)
 
     def book(self, step: AheadStep, seen: SeenStep) -> tuple[np.ndarray, bool]:
         """Take note of what the rows of a queued step were.
@@ -202,10 +202,15 @@ class DraftEngine:
             Valid ids of each row [R], and whether all rows were served. Rows that were not are a gap from now on.
         """
         control, (starts, counts, last, tags) = step.control, seen.rows.T.astype(np.int64)
+        if seen.was_let_go:
+            # Its rows may have been half there.
+            self._cache.tables.trim(step.keys)
+            return np.zeros(len(starts), dtype=np.int64), False
         served = (tags == signed(control.number)) & (starts == step.lengths)
         served &= (counts > 0) & (counts <= control.longest)
         picked = np.flatnonzero(served)
         self._cache.reserve([step.keys[i] for i in picked], starts[picked], counts[picked])
+        self._cache.tables.trim(step.keys)
         k, ends = control.num_speculative_tokens, starts + counts
         wanted = served & (last >= 0) & (ends + k < self._draft.config.max_position_embeddings)
         self.proposals_with_gap += int((wanted & step.has_gap).sum())
@@ -229,9 +234,12 @@ class DraftEngine:
             return None
         if not tables.cover(keys, control.longest, blocks.max_pages):
             return None
-        table = tables.table(keys)
+        table, lengths = tables.table(keys), tables.lengths(keys)
+        if int(lengths.max()) + control.longest + k >= self._draft.config.max_position_embeddings:
+            tables.trim(keys)
+            return None
         blocks.run_ahead(end, control.number, control.longest, table, k)
-        return AheadStep(control, keys, tables.lengths(keys), table.gaps[:, 1] > table.gaps[:, 0])
+        return AheadStep(control, keys, lengths, table.gaps[:, 1] > table.gaps[:, 0])
 
     def close_session(self, session: int) -> None:
         """Forget every request of a session."""

@@ -51,6 +51,7 @@ class DraftFleet:
         self.links: list[DraftLink] = []
         self._path = path
         self._new_link = lambda index: DraftLink(path, shape, num_speculative_tokens, device, index=index)
+        self._epochs = 0.0
         self._home: dict[int, int] = {}
         self._prefixes: OrderedDict[int, int] = OrderedDict()
         self._pool = ThreadPoolExecutor(thread_name_prefix="draft_fleet")
@@ -84,6 +85,11 @@ class DraftFleet:
     def mailbox_folder(self) -> str | None:
         """See `DraftLink.mailbox_folder`. With several drafts there is none that could serve all requests."""
         return self.links[0].mailbox_folder if len(self.links) == 1 else None
+
+    def begin_epoch(self, before: float = 0.0) -> None:
+        """What drafts have seen so far is lost without a new greeting; `before` counts epochs of a time before this."""
+        self._epochs += 1 + before
+        self._sum_up()
 
     def hang_up(self) -> None:
         """End the epochs of all links (see `DraftLink.hang_up`)."""
@@ -225,6 +231,7 @@ class DraftFleet:
         for name in each[0]:
             values = [status[name] for status in each]
             self.status[name] = max(values) if name in GAUGES else sum(values)
+        self.status["epoch"] += self._epochs
         self.status["drafts_connected"] = sum(status["connected"] for status in each)
 
 

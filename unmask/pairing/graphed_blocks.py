@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, cast
@@ -208,11 +209,18 @@ class GraphedBlocks(BlockDrafter):
 
     @torch.inference_mode()
     def warm_up_ahead(self, end: StreamEnd, number: int) -> None:
-        """Compile what `run_ahead` launches, with a step that is not there and has been let go."""
+        """Compile what `run_ahead` launches, on a step that has been answered. Steps may run meanwhile: nothing of
+        theirs is touched."""
         into = self._destination(ROW_LADDER[0])
+        scratch = replace(
+            into,
+            inputs=torch.zeros_like(self._inputs),
+            rows=torch.zeros_like(into.rows),
+            places=torch.zeros_like(self._places)[:, : into.places.shape[1]],
+        )
         with torch.cuda.device_of(self._inputs):
-            end.begin(number, 1, 1, into)
-            end.end(number, 1, torch.zeros(1, 1, dtype=torch.int64, device=self._inputs.device), into)
+            end.begin(number, 1, 1, scratch)
+            end.end(number, 1, torch.zeros(1, 1, dtype=torch.int64, device=self._inputs.device), scratch)
         while not end.is_done:
             time.sleep(0)
 

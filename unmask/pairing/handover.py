@@ -41,9 +41,11 @@ class Handover:
         """
         now = time.monotonic()
         if self._link is not None:
+            if self._mailbox.word(SERVING):
+                self._since_s = now
             if self._link.parent != Path(folder or "/") or not self._link.is_symlink():
                 self.take_back()
-            elif self._mailbox.word(SERVING) == 0 and now - self._since_s > _TAKEN_UP_S:
+            elif now - self._since_s > _TAKEN_UP_S:
                 logger.warning("nobody serves '%s': asking the draft over the wire", self._link.parent)
                 self._not_before_s = now + _AGAIN_S
                 self.take_back()
@@ -52,12 +54,21 @@ class Handover:
             if self._is_idle or now - self._wished_s > _IDLE_S:
                 self._give(Path(folder), now)
 
+    def adopt(self, folder: str | None) -> None:
+        """Take over what a sidecar before this one has given away, before anything is answered."""
+        link = self._link_in(Path(folder)) if folder is not None else None
+        if link is not None and link.is_symlink() and link.resolve() == self._mailbox.path.resolve():
+            self._link, self._since_s = link, time.monotonic()
+
     def take_back(self) -> None:
         """Serve it from here."""
         if self._link is not None:
             self._link.unlink(missing_ok=True)
             self._link = None
             self._mailbox.set_word(SERVING, 0)
+
+    def _link_in(self, folder: Path) -> Path:
+        return folder / f"{self._mailbox.path.name.removesuffix(SUFFIX)}{SUFFIX}"
 
     @property
     def _is_idle(self) -> bool:
@@ -66,7 +77,7 @@ class Handover:
     def _give(self, folder: Path, now: float) -> None:
         # Nothing is asked until the draft says that it serves.
         self._mailbox.set_word(SERVING, 0)
-        link = folder / f"{self._mailbox.path.name.removesuffix(SUFFIX)}{SUFFIX}"
+        link = self._link_in(folder)
         try:
             link.symlink_to(self._mailbox.path.resolve())
         except OSError as error:

@@ -33,11 +33,14 @@ class LocalDrafting:
         engine: the draft.
         batcher: the engine's thread.
         new_session: numbers of sessions that nobody else uses.
+        session: one that has begun already; None takes a new one.
     """
 
-    def __init__(self, engine: DraftEngine, batcher: Batcher, new_session: Callable[[], int]) -> None:
+    def __init__(
+        self, engine: DraftEngine, batcher: Batcher, new_session: Callable[[], int], session: int | None = None
+    ) -> None:
         self._engine, self._batcher, self._new_session = engine, batcher, new_session
-        self._session = new_session()
+        self._session = new_session() if session is None else session
         self._steps = itertools.count(1)
         self._replies: queue.SimpleQueue[Proposals | None] = queue.SimpleQueue()
         self._end: StreamEnd | None = None
@@ -93,12 +96,17 @@ class LocalDrafting:
         self._is_careful = False
         if end is None or is_careful or not self._batcher.is_alone(self._session):
             return False
-        with self._engine.ahead(self._session, control, finished, end) as step:
-            if step is None:
-                return False
-            took = await_end(end)
-            seen = end.seen(control.number, len(control.requests))
-            counts, all_served = self._engine.book(step, seen)
+        try:
+            with self._engine.ahead(self._session, control, finished, end) as step:
+                if step is None:
+                    return False
+                took = await_end(end)
+                seen = end.seen(control.number, len(control.requests))
+                counts, all_served = self._engine.book(step, seen)
+        except Exception:
+            # A device that fails here fails everybody: they shall notice as if the engine's own thread had met it.
+            self._batcher.end()
+            raise
         self._is_careful = not all_served
         self._batcher.note_ahead(control.requests, counts, took)
         if seen.was_released:

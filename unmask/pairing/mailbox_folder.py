@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from unmask.errors import WireError
+from unmask.errors import UserError, WireError
 from unmask.files import private_folder
 from unmask.pairing.local_drafting import LocalDrafting
 from unmask.pairing.mailbox import SUFFIX, Mailbox, is_orphaned, remove_files
@@ -51,16 +51,23 @@ class MailboxFolder:
 
     def _follow(self) -> None:
         while not self._closing.is_set():
-            found = set(self._path.glob(f"*{SUFFIX}"))
-            for path in sorted(found - self._served.keys() - self._refused):
-                self._take(path)
-            for path in [path for path in self._served if is_orphaned(path)]:
-                self._drop(path)
-                remove_files(path)
-            for path in [path for path, (service, _) in self._served.items() if not service.is_alive]:
-                logger.error("what served %s has ended; starting another", path.name)
-                self._drop(path)
+            try:
+                self._look()
+            except (OSError, UserError, RuntimeError) as error:
+                # Such as a device that has failed: nothing of it must keep the others from being looked after.
+                logger.error("mailboxes: %s", error)
             self._closing.wait(_LOOK_S)
+
+    def _look(self) -> None:
+        found = set(self._path.glob(f"*{SUFFIX}"))
+        for path in sorted(found - self._served.keys() - self._refused):
+            self._take(path)
+        for path in [path for path in self._served if is_orphaned(path)]:
+            remove_files(path)
+            self._drop(path)
+        for path in [path for path, (service, _) in self._served.items() if not service.is_alive]:
+            logger.error("what served %s has ended; starting another", path.name)
+            self._drop(path)
 
     def _take(self, path: Path) -> None:
         if is_orphaned(path):

@@ -224,15 +224,18 @@ class MailboxService:
         def wait(end: StreamEnd) -> float:
             give_up_at = time.monotonic() + _RING_S
             rung_at = None
-            while not end.is_done:
+            while True:
                 self._show_life()
                 now = time.monotonic()
                 if rung_at is None and is_reached(self._mailbox.word(DOORBELL), control.number):
                     rung_at = now
                 elif rung_at is None and (now > give_up_at or self._closing.is_set()):
                     end.let_go(control.number)
+                    rung_at = now
+                if end.is_done:
+                    break
                 time.sleep(_SHORT_REST_S)
-            return time.monotonic() - rung_at if rung_at is not None else 0.0
+            return time.monotonic() - (rung_at or now)
 
         return wait
 

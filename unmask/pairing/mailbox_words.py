@@ -68,8 +68,8 @@ class MailboxWords:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the GPU waits for a reply."""
-        return not is_reached(self.word(REPLY), self.word(DOORBELL))
+        """Whether the GPU waits for a reply, or will at once. By BEGUN, which nobody but the target writes."""
+        return not is_reached(self.word(REPLY), self.word(BEGUN))
 
     @property
     def is_guarded(self) -> bool:

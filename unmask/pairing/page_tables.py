@@ -155,16 +155,25 @@ class PageTables:
         self._clock += 1
         for key in keys:
             self._touch(key)
-        for entry in entries:
-            end = entry.length + more
-            first, num_pages = entry.length // self.page_size, -(-end // self.page_size)
-            if num_pages > min(last_page, self.pool.num_pages):
-                return False
-            if first < entry.num_pages and self.pool.is_fixed(int(self._table[entry.row, first])):
-                return False
-            if num_pages > entry.num_pages and not self._grow(entry, entry.length, end):
-                return False
-        return True
+        if all(self._cover(entry, more, min(last_page, self.pool.num_pages)) for entry in entries):
+            return True
+        self.trim(keys)
+        return False
+
+    def _cover(self, entry: _Entry, more: int, last_page: int) -> bool:
+        end, first = entry.length + more, entry.length // self.page_size
+        num_pages = -(-end // self.page_size)
+        if num_pages > last_page:
+            return False
+        if first < entry.num_pages and self.pool.is_fixed(int(self._table[entry.row, first])):
+            return False
+        return num_pages <= entry.num_pages or self._grow(entry, entry.length, end)
+
+    def trim(self, keys: Sequence[Key]) -> None:
+        """Take back what `cover` gave and no row was put into."""
+        for key in keys:
+            if key in self._entries:
+                self._trim(self._entries[key])
 
     def lengths(self, keys: Sequence[Key]) -> np.ndarray:
         """int64 [R] positions of known requests up to the last one held."""
@@ -222,6 +231,7 @@ class PageTables:
             if len(hashes) == end // self.page_size:
                 self._share_prefix(key, hashes[: start // self.page_size])
         entry = self._entries[key]
+        self._trim(entry)
         self._go_to(entry, start)
         if not self._grow(entry, start, end):
             self.free(key)
@@ -306,6 +316,11 @@ class PageTables:
             return False
         self.free(key)
         return True
+
+    def _trim(self, entry: _Entry) -> None:
+        needed = -(-entry.length // self.page_size)
+        if entry.num_pages > needed:
+            self._shrink(entry, needed)
 
     def _shrink(self, entry: _Entry, num_pages: int) -> None:
         """Release the pages of all columns from `num_pages` on."""

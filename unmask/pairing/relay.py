@@ -33,12 +33,13 @@ class Relay:
     """The steps of one connection; all calls from the thread that reads it.
 
     Args:
-        drafting: what answers them; closed with the relay.
+        drafting: what answers them, in the session of the connection; closed with the relay.
         announcement: the first.
         width, dtype: of feature rows.
 
     Raises:
         WireError: the worker announces more than a message holds.
+        OSError: no room in shared memory.
     """
 
     def __init__(self, drafting: LocalDrafting, announcement: Announcement, width: int, dtype: torch.dtype) -> None:
@@ -141,6 +142,5 @@ class Relay:
         limit = time.monotonic() + _LIMIT_S
         while not is_reached(self._box.word(word), number):
             if time.monotonic() > limit or not self._service.is_alive:
-                self._box.release(number)
-                return
+                raise WireError("the draft has failed")
             time.sleep(_POLL_S)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from unmask.errors import WireError
+from unmask.errors import UserError, WireError
 from unmask.models.dflash import DFlashDraft
 from unmask.pairing.announcement import Announcement, decode_announcement
 from unmask.pairing.batcher import Batcher
@@ -240,7 +240,7 @@ class DraftServer:
                 del self._idle[number]
 
     def _read_steps(self, session: int, channel: Channel) -> None:
-        idle, relay = self._idle[session], None
+        idle = self._idle[session]
 
         def answer(reply: Proposals | None) -> None:
             if reply is None:
@@ -249,14 +249,17 @@ class DraftServer:
                 _send(channel, reply)
             idle.set()
 
+        relay, may_relay = None, self._relays
         with ExitStack() as on_end:
             while True:
                 kind, payload = channel.receive([Kind.STEP, Kind.ANNOUNCE], MAX_MESSAGE_BYTES)
                 if kind is Kind.ANNOUNCE:
                     announcement = decode_announcement(payload)
-                    if self._relays and relay is None:
-                        relay = self._new_relay(announcement)
-                        on_end.callback(relay.close)
+                    if may_relay and relay is None:
+                        relay = self._new_relay(announcement, session)
+                        may_relay = relay is not None
+                        if relay is not None:
+                            on_end.callback(relay.close)
                     if relay is not None:
                         relay.announce(announcement)
                     continue
@@ -271,12 +274,21 @@ class DraftServer:
                     self._batcher.submit(session, step, answer)
                     # The step's features are views of the channel's buffer: read on only when they have been used.
                     idle.wait()
-                else:
+                    continue
+                try:
                     answer(relay.answer(step) if step.draft_version == self._engine.version else None)
+                finally:
+                    idle.set()
 
-    def _new_relay(self, announcement: Announcement) -> Relay:
+    def _new_relay(self, announcement: Announcement, session: int) -> Relay | None:
+        """None where there is no room for one: the connection is served without."""
         weights = self._engine.weights
-        return Relay(self._local_drafting(), announcement, weights.shape[0], weights.dtype)
+        drafting = LocalDrafting(self._engine, self._batcher, lambda: next(self._numbers), session)
+        try:
+            return Relay(drafting, announcement, weights.shape[0], weights.dtype)
+        except (OSError, UserError) as error:
+            logger.warning("announced steps are not queued ahead: %s", error)
+            return None
 
     def _hang_up(self) -> None:
         """End every connection and take no more. Also run when the engine has died: targets shall notice at once."""

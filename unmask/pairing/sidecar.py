@@ -27,7 +27,8 @@ from unmask.pairing.hello import NO_DIGEST, Hello, TargetShape
 from unmask.pairing.link_file import read_link_file
 from unmask.pairing.mailbox import Control, Mailbox
 from unmask.pairing.mailbox_reader import Asked, MailboxService
-from unmask.pairing.status import LinkStatus
+from unmask.pairing.mailbox_words import OFFERED
+from unmask.pairing.status import LinkStatus, read_status
 from unmask.pairing.stream_end import StreamEnd
 
 
@@ -47,10 +48,15 @@ class Sidecar:
 
     def __init__(self, mailbox: str | Path, link_file: str | Path, shape: TargetShape) -> None:
         box = Mailbox(mailbox)
-        status = LinkStatus(read_link_file(link_file).status_file)
+        config = read_link_file(link_file)
+        before = (read_status(config.status_file) if config.status_file else None) or {}
+        status = LinkStatus(config.status_file)
         self.fleet = DraftFleet(link_file, shape, box.layout.max_k, status=status)
         self._layout = box.layout
-        self._handover = Handover(box)
+        self._box, self._handover = box, Handover(box)
+        self._handover.adopt(config.mailbox_folder)
+        self._context = self._whose_context()
+        self.fleet.begin_epoch(before.get("epoch", 0.0))
         self._service = MailboxService(box, self)
 
     def start(self) -> None:
@@ -73,12 +79,22 @@ class Sidecar:
     def hello(self) -> Hello | None:
         """See `Proposer.hello`. This is also when a draft of this host is given the mailbox, or has it no longer."""
         self._handover.follow(self.fleet.mailbox_folder)
+        if self._context != self._whose_context():
+            # Prefixes that the target has cached were seen by a draft that is not asked any more.
+            self._context = self._whose_context()
+            self.fleet.begin_epoch()
         return self.fleet.hello
 
     @property
     def is_elsewhere(self) -> bool:
         """See `Proposer.is_elsewhere`."""
         return self._handover.is_given
+
+    def _whose_context(self) -> tuple[bool, int]:
+        """Changes whenever another draft, or another session of it, holds the context. Over the wire a new greeting
+        tells of it."""
+        is_given = self._handover.is_given
+        return is_given, self._box.long_word(OFFERED) if is_given else 0
 
     def propose(self, asked: Asked) -> tuple[np.ndarray, np.ndarray]:
         """See `Proposer.propose`; the rows are sent from where the GPU has put them."""

@@ -22,11 +22,13 @@ class SeenStep:
         rows: int32 [R, 4] of the mailbox.
         is_intact: whether the features were the step's own to the last.
         was_released: whether somebody else had let the target go on before the reply.
+        was_let_go: whether the stream did not wait for the target's own doorbell.
     """
 
     rows: np.ndarray
     is_intact: bool
     was_released: bool
+    was_let_go: bool
 
 
 class StreamEnd:
@@ -43,6 +45,7 @@ class StreamEnd:
         requests = mailbox.layout.max_requests
         self._seen = torch.zeros(requests + 1, 4, dtype=torch.int32, pin_memory=self._on_gpu)
         self._done = torch.cuda.Event() if self._on_gpu else None
+        self._let_go: int | None = None
 
     def begin(self, number: int, num_requests: int, longest: int, into: Destination) -> None:
         """Wait for a step and take its rows (see `unpack_rows`)."""
@@ -75,10 +78,18 @@ class StreamEnd:
         """What the stream found, once it is done."""
         begun, reply = (int(value) & STEP_MASK for value in self._seen[-1, :2])
         rows = self._seen[:num_requests].numpy().copy()
-        return SeenStep(rows, is_intact=begun == number, was_released=is_reached(reply, number))
+        was_let_go = self._let_go == number
+        return SeenStep(
+            rows,
+            # Of a step that was let go nothing is used.
+            is_intact=begun == number or was_let_go,
+            was_released=is_reached(reply, number),
+            was_let_go=was_let_go,
+        )
 
     def let_go(self, number: int) -> None:
         """End the stream's wait for a step whose target does not ring."""
+        self._let_go = number
         self.mailbox.set_word(DOORBELL, number)
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from unmask.pairing.mailbox_words import ALIVE, DOORBELL, HEARTBEAT, OPEN_UNTIL, RELEASED, MailboxWords
+from unmask.pairing.mailbox_words import ALIVE, BEGUN, HEARTBEAT, OPEN_UNTIL, RELEASED, MailboxWords
 
 _RETRY_NS = 100_000_000
 _MAX_RETRY_NS = 1_000_000_000
@@ -43,7 +43,7 @@ class Watchdog:
         """Look once; `now_ns` is `time.monotonic_ns()`."""
         box = self._mailbox
         box.set_long_word(HEARTBEAT, now_ns)
-        rung = box.word(DOORBELL)
+        rung = box.word(BEGUN)
         if box.is_waiting:
             if self._waiting is None or self._waiting[0] != rung:
                 self._waiting = rung, now_ns
