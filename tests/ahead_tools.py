@@ -81,8 +81,9 @@ class Pair:
         self.target.start()
         self.mailbox.set_long_word(HEARTBEAT, time.monotonic_ns() + 3600 * 10**9)
         eventually(lambda: self.target.is_ready, 20)
-        # A sidecar has tried its draft.
+        # A sidecar has tried its draft, in a session that asks nothing more.
         self.before = self.batcher.steps
+        self.batcher._asked_at.clear()
         return self
 
     def __exit__(self, *_) -> None:
