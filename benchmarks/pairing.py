@@ -228,6 +228,7 @@ def _kv_cache_tokens(llm: Any) -> int:
 
 
 def counters_of(llm: Any) -> dict[str, float]:
+    """Drafts that were verified so far, and tokens of them that were accepted."""
     names = {"vllm:spec_decode_num_drafts": "drafts", "vllm:spec_decode_num_accepted_tokens": "accepted"}
     return {names[metric.name]: metric.value for metric in llm.get_metrics() if metric.name in names}
 
@@ -244,6 +245,7 @@ def _asked(llm: Any, arguments: argparse.Namespace, mode: str) -> dict[str, floa
 
 
 def await_draft(llm: Any, arguments: argparse.Namespace) -> None:
+    """Wait until the engine's draft can be asked."""
     end = time.monotonic() + 120
     while time.monotonic() < end:
         if arguments.tiny:
@@ -257,6 +259,7 @@ def await_draft(llm: Any, arguments: argparse.Namespace) -> None:
 
 
 def machine_of(arguments: argparse.Namespace) -> str:
+    """What the figures are of."""
     found = machine()
     if arguments.tiny:
         return f"{found['cpu']}, {found['cores']} cores"

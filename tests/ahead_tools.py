@@ -13,8 +13,9 @@ import torch
 
 from tests.mailbox_tools import LAYOUT, TargetStep
 from tests.pairing_tools import SECRET, SHAPE, eventually, tiny_draft, tiny_vocabulary
+from unmask.pairing.ahead_step import AheadStep, Booking
 from unmask.pairing.batcher import Batcher
-from unmask.pairing.draft_engine import AheadStep, DraftEngine
+from unmask.pairing.draft_engine import DraftEngine
 from unmask.pairing.graphed_blocks import GraphedBlocks
 from unmask.pairing.link_file import LinkConfig, write_link_file
 from unmask.pairing.local_drafting import LocalDrafting
@@ -45,7 +46,7 @@ class CountingEngine(DraftEngine):
             return super()._new_blocks(draft, cache)
         return GraphedBlocks(draft, self._embedding, self._lm_head, cache)
 
-    def book(self, step: AheadStep, seen: SeenStep) -> tuple[np.ndarray, bool]:
+    def book(self, step: AheadStep, seen: SeenStep) -> Booking:
         self.ahead_steps += 1
         return super().book(step, seen)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,28 +17,17 @@ from torch import Tensor
 
 from unmask.errors import PairingError, WireError
 from unmask.models.dflash import DFlashDraft
+from unmask.pairing.ahead_step import AheadStep, Booking
 from unmask.pairing.block_drafter import BlockDrafter
 from unmask.pairing.context_cache import ContextCache
 from unmask.pairing.graphed_blocks import GraphedBlocks, halvings
 from unmask.pairing.hello import Hello, draft_version, hello_of
 from unmask.pairing.mailbox import Control
-from unmask.pairing.mailbox_words import signed
 from unmask.pairing.page_hashes import PAGE_SIZE
 from unmask.pairing.page_tables import Key, Reservation
 from unmask.pairing.stream_end import SeenStep, StreamEnd
 from unmask.pairing.wire import Proposals, Step
 from unmask.types import TargetRecord
-
-
-@dataclass(frozen=True, slots=True)
-class AheadStep:
-    """A step that was queued behind its doorbell."""
-
-    control: Control
-    keys: list[Key]
-    lengths: np.ndarray
-    """int64 [R]: where each request's rows must begin."""
-    has_gap: np.ndarray
 
 
 class DraftEngine:
@@ -182,7 +170,11 @@ class DraftEngine:
         with self._lock:
             for request in finished:
                 self._cache.tables.free((session, request))
-            yield self._queue_ahead(session, control, end)
+            blocks = self._blocks
+            if not isinstance(blocks, GraphedBlocks) or control.draft_version != self.version:
+                yield None
+                return
+            yield AheadStep.queue(blocks, self._cache, self._draft.config, session, control, end)
 
     @property
     def runs_ahead(self) -> bool:
@@ -195,51 +187,11 @@ class DraftEngine:
         if isinstance(blocks, GraphedBlocks):
             blocks.warm_up_ahead(end, number)
 
-    def book(self, step: AheadStep, seen: SeenStep) -> tuple[np.ndarray, bool]:
-        """Take note of what the rows of a queued step were.
-
-        Returns:
-            Valid ids of each row [R], and whether all rows were served. Rows that were not are a gap from now on.
-        """
-        control, (starts, counts, last, tags) = step.control, seen.rows.T.astype(np.int64)
-        if seen.was_let_go:
-            # Its rows may have been half there.
-            self._cache.tables.trim(step.keys)
-            return np.zeros(len(starts), dtype=np.int64), False
-        served = (tags == signed(control.number)) & (starts == step.lengths)
-        served &= (counts > 0) & (counts <= control.longest)
-        picked = np.flatnonzero(served)
-        self._cache.reserve([step.keys[i] for i in picked], starts[picked], counts[picked])
-        self._cache.tables.trim(step.keys)
-        k, ends = control.num_speculative_tokens, starts + counts
-        wanted = served & (last >= 0) & (ends + k < self._draft.config.max_position_embeddings)
-        self.proposals_with_gap += int((wanted & step.has_gap).sum())
-        return np.where(wanted, k, 0), bool(served.all())
-
-    def _queue_ahead(self, session: int, control: Control, end: StreamEnd) -> AheadStep | None:
-        blocks, tables, layout = self._blocks, self._cache.tables, end.mailbox.layout
-        num_requests, k = len(control.requests), control.num_speculative_tokens
-        keys = [(session, request) for request in control.requests.tolist()]
-        is_plain = (
-            isinstance(blocks, GraphedBlocks)
-            and control.draft_version == self.version
-            and layout.dtype == self._draft.fc.weight.dtype
-            and layout.width == self._draft.config.hidden_size
-            and 0 < k < self._draft.config.block_size
-            and control.longest > 0
-            and control.num_hashes is None
-            and 0 < num_requests == len(set(keys)) <= layout.max_requests
-        )
-        if not is_plain or not blocks.can_run_ahead(num_requests, control.longest, k):
-            return None
-        if not tables.cover(keys, control.longest, blocks.max_pages):
-            return None
-        table, lengths = tables.table(keys), tables.lengths(keys)
-        if int(lengths.max()) + control.longest + k >= self._draft.config.max_position_embeddings:
-            tables.trim(keys)
-            return None
-        blocks.run_ahead(end, control.number, control.longest, table, k)
-        return AheadStep(control, keys, lengths, table.gaps[:, 1] > table.gaps[:, 0])
+    def book(self, step: AheadStep, seen: SeenStep) -> Booking:
+        """Take note of what the rows of a queued step were (see `AheadStep.book`)."""
+        booking = step.book(seen, self._cache, self._draft.config)
+        self.proposals_with_gap += booking.num_with_gap
+        return booking
 
     def close_session(self, session: int) -> None:
         """Forget every request of a session."""

@@ -102,13 +102,13 @@ class LocalDrafting:
                     return False
                 took = await_end(end)
                 seen = end.seen(control.number, len(control.requests))
-                counts, all_served = self._engine.book(step, seen)
+                booking = self._engine.book(step, seen)
         except Exception:
             # A device that fails here fails everybody: they shall notice as if the engine's own thread had met it.
             self._batcher.end()
             raise
-        self._is_careful = not all_served
-        self._batcher.note_ahead(control.requests, counts, took)
+        self._is_careful = not booking.all_served
+        self._batcher.note_ahead(control.requests, booking.counts, took)
         if seen.was_released:
             end.mailbox.set_word(LATE, end.mailbox.word(LATE) + 1)
         else:
