@@ -177,3 +177,14 @@ def test_a_draft_is_replaced_while_two_workers_ask(serve, fleet_of, vocabulary) 
         assert fleets[worker].status["draft_version"] == version % 2**53
         assert fleets[worker].status["failures"] == 0
     assert server.stats().swaps == 1
+
+
+def test_epochs_that_no_greeting_tells_of_are_counted(tmp_path) -> None:
+    write_link_file(tmp_path / "link", LinkConfig(address=None, secret_file=str(tmp_path / "secret")))
+    fleet = DraftFleet(tmp_path / "link", SHAPE, K)
+    fleet.begin_epoch(before=4.0)
+    fleet.start()
+    eventually(lambda: fleet.status["epoch"] == 5)
+    fleet.begin_epoch()
+    assert fleet.status["epoch"] == 6
+    fleet.close()

@@ -209,6 +209,9 @@ class Echo:
 
     is_elsewhere = False
 
+    def look_around(self) -> None:
+        """Nobody else serves it."""
+
     def ahead(self, control: Control, finished: list[int], await_end) -> bool:
         return False
 

@@ -230,8 +230,9 @@ class DraftFleet:
             return
         for name in each[0]:
             values = [status[name] for status in each]
-            self.status[name] = max(values) if name in GAUGES else sum(values)
-        self.status["epoch"] += self._epochs
+            # Stored once: another process reads them at any time.
+            more = self._epochs if name == "epoch" else 0.0
+            self.status[name] = max(values) if name in GAUGES else sum(values, more)
         self.status["drafts_connected"] = sum(status["connected"] for status in each)
 
 

@@ -50,6 +50,9 @@ class LocalDrafting:
     is_elsewhere = False
     """See `Proposer.is_elsewhere`."""
 
+    def look_around(self) -> None:
+        """See `Proposer.look_around`: nobody else ever serves it."""
+
     @property
     def hello(self) -> Hello | None:
         """See `Proposer.hello`."""

@@ -62,6 +62,9 @@ class Proposer(Protocol):
     def is_elsewhere(self) -> bool:
         """Whether somebody else serves the mailbox for now."""
 
+    def look_around(self) -> None:
+        """Called between steps, many times a second: who serves the mailbox may change here and nowhere else."""
+
     def propose(self, asked: Asked) -> tuple[np.ndarray, np.ndarray]:
         """Ids [R, K] of a step, and how many of each row are valid [R]; 0 where there are none, for whatever reason."""
 
@@ -187,6 +190,7 @@ class MailboxService:
                     self._show_life()
                 now = time.monotonic()
                 if self._offers and now >= look_at:
+                    self._proposer.look_around()
                     self._offer()
                     look_at = now + _LOOK_S
                 if self._proposer.is_elsewhere:
@@ -245,10 +249,10 @@ class MailboxService:
 
     def _offer(self) -> None:
         """Let the target know which draft it can ask."""
-        hello = self._proposer.hello
         if self._proposer.is_elsewhere:
             self._offered = None
             return
+        hello = self._proposer.hello
         version = hello.draft_version if hello else None
         if hello is not None and version != self._offered:
             write_offer(self._mailbox, hello)

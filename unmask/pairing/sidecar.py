@@ -77,13 +77,16 @@ class Sidecar:
 
     @property
     def hello(self) -> Hello | None:
-        """See `Proposer.hello`. This is also when a draft of this host is given the mailbox, or has it no longer."""
+        """See `Proposer.hello`."""
+        return self.fleet.hello
+
+    def look_around(self) -> None:
+        """Give the mailbox to a draft of this host, or take it back from one that is gone."""
         self._handover.follow(self.fleet.mailbox_folder)
         if self._context != self._whose_context():
             # Prefixes that the target has cached were seen by a draft that is not asked any more.
             self._context = self._whose_context()
             self.fleet.begin_epoch()
-        return self.fleet.hello
 
     @property
     def is_elsewhere(self) -> bool:
