@@ -132,7 +132,8 @@ def random_network(shape: str, device: str) -> DiffusionLM:
         for parameter in network.parameters():
             if parameter.dim() >= 2:
                 parameter.normal_(std=0.02)
-    return network.requires_grad_(False).eval()
+    # Tables that do not come from the device, such as those of the rotary embedding, lie on the host.
+    return network.to(device).requires_grad_(False).eval()
 
 
 def engine_figures(network: DiffusionLM, case: Case, load: Load) -> Figures:

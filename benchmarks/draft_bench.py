@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,8 +47,11 @@ class Scale:
     prompt_columns: int
     max_new_tokens: int
     train_prompts: int | None
-    temperatures: tuple[float, ...]
-    """Of the training responses: one pass over the prompts each."""
+    """Of each kind; None takes all."""
+    own_prompts: int
+    """That the target writes itself."""
+    broad_repeats: int
+    """Responses at temperature 1 to each of the few broad prompts."""
     eval_prompts: int
     real_prompts: int
     main_seconds: float
@@ -101,11 +103,7 @@ class Benchmark:
 
     def generate(self) -> dict[str, Any]:
         """Evaluation sets first, then the training responses; they go into the store."""
-        scale = self.scale
-        sampler = BatchedLlama(
-            self.target.model, rows=scale.rows, prompt_columns=scale.prompt_columns,
-            max_new_tokens=scale.max_new_tokens, beyond=self.k, eos_id=self.tokenizer.eos_token_id,
-        )  # fmt: skip
+        scale, sampler = self.scale, self._sampler()
         found: dict[str, list[Response]] = {}
         of_prompts = self.prompts
         held_out = {
@@ -117,20 +115,35 @@ class Benchmark:
                 found[f"{name}@{temperature:g}"] = sampler.generate(chosen, temperature)
         for name, responses in found.items():
             self.log(f"{name}: {len(responses)} prompts, {sum(repetitive(r.tokens) for r in responses)} repetitive")
-        prompts = self.prompts.train()[: scale.train_prompts]
-        batches = [prompts[i : i + scale.rows] for i in range(0, len(prompts), scale.rows)]
         start = time.monotonic()
-        found["train"] = [
-            response
-            for temperature, batch in itertools.product(scale.temperatures, batches)
-            for response in sampler.generate(batch, temperature)
-        ]
+        questions, broad = (p[: scale.train_prompts] for p in (self.prompts.questions(), self.prompts.broad()))
+        own = self.prompts.written(scale.own_prompts, sampler)
+        plain = [*questions, *broad, *own]
+        drawn = [*questions, *broad * scale.broad_repeats, *own]
+        found["train"] = self._answers(sampler, plain, 0.0) + self._answers(sampler, drawn, 1.0)
         tokens, seconds = sum(len(r.tokens) for r in found["train"]), time.monotonic() - start
-        # What a second stage sees is drawn anew, as service would.
-        found["fresh@1"] = [response for batch in batches for response in sampler.generate(batch, 1.0)]
-        self.log(f"{len(found['train'])} responses, {tokens} tokens in {seconds:.1f} s")
+        self.log(f"{len(own)} prompts of its own; {len(found['train'])} responses, {tokens} tokens in {seconds:.1f} s")
         self.store.keep_responses(found)
-        return {"responses": len(found["train"]), "tokens": tokens, "seconds": seconds}
+        return {"own prompts": len(own), "responses": len(found["train"]), "tokens": tokens, "seconds": seconds}
+
+    def generate_again(self) -> dict[str, Any]:
+        """One more response to every training prompt, at temperature 1."""
+        prompts = [list(prompt) for prompt in dict.fromkeys(r.prompt for r in self.train)]
+        drawn = self._answers(self._sampler(), prompts, 1.0)
+        self.store.keep_responses({"fresh@1": drawn})
+        return {"responses": len(drawn), "tokens": sum(len(r.tokens) for r in drawn)}
+
+    def _sampler(self) -> BatchedLlama:
+        scale = self.scale
+        return BatchedLlama(
+            self.target.model, rows=scale.rows, prompt_columns=scale.prompt_columns,
+            max_new_tokens=scale.max_new_tokens, beyond=self.k, eos_id=self.tokenizer.eos_token_id,
+        )  # fmt: skip
+
+    def _answers(self, sampler: BatchedLlama, prompts: Sequence[list[int]], temperature: float) -> list[Response]:
+        rows = self.scale.rows
+        batches = [prompts[i : i + rows] for i in range(0, len(prompts), rows)]
+        return [response for batch in batches for response in sampler.generate(batch, temperature)]
 
     def features(self) -> FeatureCache:
         """The training set, packed; features are kept up to the recipe's bound and recomputed beyond it."""

@@ -1,4 +1,4 @@
-"""Prompts of the draft benchmark's data folder: gsm8k/, mtbench/ and selfinstruct/ (jsonl.gz)."""
+"""Prompts of the draft benchmark: of its data folder (gsm8k/, mbpp/, mtbench/, selfinstruct/), and the target's own."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.batched_generation import BatchedLlama
+
 _HELD_OUT = (120, 40)
 """GSM8K questions and self-instruct prompts that are kept aside for choosing recipes."""
+_MBPP_TRAIN = range(601, 975)
+_WRITTEN = (6, 120)
+"""Tokens of a prompt that the target has written."""
+_MARK = "THE USER'S TEXT"
 
 
 class Prompts:
@@ -22,14 +28,34 @@ class Prompts:
     def __init__(self, folder: Path, tokenizer: Any, longest: int) -> None:
         self.folder, self.tokenizer, self.longest = folder, tokenizer, longest
 
-    def train(self) -> list[list[int]]:
-        """GSM8K's training questions with the self-instruct prompts among them, without those of `development`."""
-        questions, broad = self._questions()[: -_HELD_OUT[0]], self._broad()[: -_HELD_OUT[1]]
-        step = max(1, len(questions) // len(broad))
-        mixed: list[str] = []
-        for index, text in enumerate(broad):
-            mixed += [text, *questions[index * step : (index + 1) * step]]
-        return self._encode(mixed + questions[len(broad) * step :])
+    def questions(self) -> list[list[int]]:
+        """GSM8K's training questions, without those of `development`."""
+        return self._encode(self._questions()[: -_HELD_OUT[0]])
+
+    def broad(self) -> list[list[int]]:
+        """Self-instruct prompts, without those of `development`, and MBPP's training tasks."""
+        tasks = [row["text"] for row in self._rows("mbpp/mbpp") if row["task_id"] in _MBPP_TRAIN]
+        return self._encode(self._broad()[: -_HELD_OUT[1]] + tasks)
+
+    def written(self, count: int, sampler: BatchedLlama) -> list[list[int]]:
+        """Prompts that the target writes itself, given the beginning of a user's turn alone (arXiv 2406.08464)."""
+        opening, closing = self._frame()
+        found: dict[tuple[int, ...], None] = {}
+        for _ in range(-(-count // sampler.rows)):
+            for response in sampler.generate([opening] * min(sampler.rows, count), 1.0):
+                text = response.tokens[:-1]
+                # One that does not end is no question, one of two words hardly.
+                if response.tokens[-1] == sampler.eos_id and _WRITTEN[0] <= len(text) <= _WRITTEN[1]:
+                    found[text] = None
+        return [[*opening, *text, *closing] for text in list(found)[:count]]
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """Ids before and after a user's text."""
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": _MARK}], add_generation_prompt=True, tokenize=False
+        )
+        before, _, after = text.partition(_MARK)
+        return tuple(self.tokenizer.encode(part, add_special_tokens=False) for part in (before, after))
 
     def development(self) -> list[list[int]]:
         """Training prompts that are kept aside: recipes are chosen by them, and never by the test sets."""

@@ -2,10 +2,11 @@
 
     python -m benchmarks.draft_quality --data DIR --state DIR --out benchmarks/results/draft_quality.json
 
-`--data` holds gsm8k/, mtbench/ and selfinstruct/ (jsonl.gz). The target answers GSM8K's training prompts and the
-self-instruct prompts; drafts are trained on its answers, and measured by replay on held-out GSM8K prompts and on the
-first turns of MT-bench, at temperature 0 and 1, beside n-grams that fill the same K, and by the real loop on a few. The
-table of recipes is measured on training prompts that were kept aside.
+`--data` holds gsm8k/, mbpp/, mtbench/ and selfinstruct/ (jsonl.gz). The target answers GSM8K's training prompts, the
+self-instruct prompts, MBPP's training tasks, and prompts that it writes itself; drafts are trained on its answers, and
+measured by replay on held-out GSM8K prompts and on the first turns of MT-bench, at temperature 0 and 1, beside n-grams
+that fill the same K, and by the real loop on a few. The table of recipes is measured on training prompts that were kept
+aside.
 
 The work is cut into cases (`--list`), run in order unless `--cases` names some (`ablation-00` means its three seeds).
 Each leaves a JSON file in `--state`, and all rows are merged into `--out`. A case that is there is not run again, and
@@ -64,11 +65,11 @@ def full_scale() -> Scale:
     config = DistillConfig(
         max_steps=None, max_seconds=600, tokens_per_step=16384, anchors_per_step=2048, learning_rate=1.5e-3,
         schedule="cosine", warmup_fraction=0.04, ema=0.998, head_negatives=None, precision="bfloat16", compile=True,
-        feature_cache_gb=56.0, feature_cache_device="training", weighting="decay",
+        feature_cache_gb=56.0, feature_cache_device="training", weighting="decay", use_gpu=True, cuda_graph=True,
     )  # fmt: skip
     return Scale(
         "cuda", DraftConfig(num_layers=5, block_size=8), config, rows=1024, prompt_columns=408, max_new_tokens=256,
-        train_prompts=None, temperatures=(0.0, 0.7, 1.0), eval_prompts=128, real_prompts=8, main_seconds=8 * 60,
+        train_prompts=None, own_prompts=4096, broad_repeats=6, eval_prompts=128, real_prompts=8, main_seconds=8 * 60,
         comparison_steps=600, ablation_steps=300, second_steps=400,
     )  # fmt: skip
 
@@ -81,7 +82,7 @@ def tiny_scale() -> Scale:
     )  # fmt: skip
     return Scale(
         "cpu", DraftConfig(num_layers=1, block_size=4), config, rows=2, prompt_columns=80, max_new_tokens=6,
-        train_prompts=4, temperatures=(0.0, 1.0), eval_prompts=2, real_prompts=1, main_seconds=3,
+        train_prompts=4, own_prompts=2, broad_repeats=2, eval_prompts=2, real_prompts=1, main_seconds=3,
         comparison_steps=2, ablation_steps=2, second_steps=2,
     )  # fmt: skip
 
@@ -89,6 +90,11 @@ def tiny_scale() -> Scale:
 def trajectories(bench: Benchmark) -> Outcome:
     """What the target answers; everything else begins with it."""
     return [], bench.generate()
+
+
+def fresh(bench: Benchmark) -> Outcome:
+    """What a second stage sees: drawn anew, as service would."""
+    return [], bench.generate_again()
 
 
 def ngrams(bench: Benchmark) -> Outcome:
@@ -207,6 +213,7 @@ def cases() -> dict[str, Callable[[Benchmark], Outcome]]:
         },
         "main": main_training, "speculators": speculators, "reference": reference, "equal": equal, "ngrams": ngrams,
     }  # fmt: skip
+    table["fresh"] = fresh
     for seed in SEEDS:
         for stage in range(len(SECOND)):
             table[f"second-{stage}-seed{seed}"] = lambda b, stage=stage, seed=seed: second(b, stage, seed)
@@ -223,6 +230,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=[""], metavar="PREFIX", help="cases whose names begin so")
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds of this call")
     parser.add_argument("--list", action="store_true", help="print the cases and which are done")
+    parser.add_argument("--main-seconds", type=float, help="of the main training (default: 480)")
+    parser.add_argument("--device", help="of the cases that need no GPU, such as ngrams: cpu")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--no-compile", action="store_true", help="train without torch.compile")
     args = parser.parse_args()
@@ -234,6 +243,10 @@ def main() -> None:
         return
     store.merge()
     scale = tiny_scale() if args.tiny else full_scale()
+    if args.device:
+        scale = replace(scale, device=args.device)
+    if args.main_seconds:
+        scale = replace(scale, main_seconds=args.main_seconds)
     if args.no_compile:
         scale = replace(scale, config=replace(scale.config, compile=False))
     torch.set_float32_matmul_precision("high")

@@ -172,6 +172,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--no-compile", action="store_true", help="train without torch.compile")
+    parser.add_argument("--no-graph", action="store_true", help="launch every kernel of a step from the host")
     args = parser.parse_args()
     device = "cpu" if args.tiny else "cuda"
     torch.set_float32_matmul_precision("high")
@@ -185,6 +186,7 @@ def main() -> None:
             max_steps=100, tokens_per_step=256 if args.tiny else 8192 if large else 16384,
             anchors_per_step=128 if args.tiny else 512 if large else 2048, head_negatives=None,
             precision="float32" if args.tiny else "bfloat16", compile=not (args.tiny or args.no_compile),
+            use_gpu=device == "cuda", cuda_graph=device == "cuda" and not args.no_graph,
         )  # fmt: skip
         trainer, sizes = build(name, device, config)
         start = time.perf_counter()

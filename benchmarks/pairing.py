@@ -156,17 +156,19 @@ def measure(
     """One row."""
     timed = not arguments.tiny and mode != "target"
     length = arguments.tokens * (1 if concurrency > 1 else 2)
+    # Acceptance is drawn: some hundred steps of few requests would leave it to chance.
+    rounds = 1 if arguments.tiny or mode == "target" else max(1, 8 // concurrency)
     _generate(llm, arguments, concurrency, max(length // 8, K))
     before, counted = counters_of(llm), _asked(llm, arguments, mode)
     if timed:
         llm.collective_rpc("measure_steps", args=(concurrency,))
-    seconds = _generate(llm, arguments, concurrency, length)
+    seconds = sum(_generate(llm, arguments, concurrency, length) for _ in range(rounds))
     times = llm.collective_rpc("step_times")[0] if timed else {}
     after, asked = counters_of(llm), _asked(llm, arguments, mode)
     drafts = after.get("drafts", 0) - before.get("drafts", 0)
     accepted = after.get("accepted", 0) - before.get("accepted", 0)
     tau = 1 + accepted / drafts if drafts else 1.0
-    period = times.get("period", 1000 * seconds * tau / length)
+    period = times.get("period", 1000 * seconds * tau / length / rounds)
     draft_ms = times.get("draft")
     if asked:
         steps = asked["answered"] - counted["answered"]
@@ -186,7 +188,7 @@ def measure(
         "concurrency": concurrency,
         "acceptance_length": round(tau, 3),
         "k": k,
-        "output_tokens_per_second": round(concurrency * length / seconds, 1),
+        "output_tokens_per_second": round(concurrency * length * rounds / seconds, 1),
         "step_ms": {name: round(value, 3) if value is not None else None for name, value in parts.items()},
         "gpus": 0 if arguments.tiny else (1 if mode in ("target", "native") else arguments.gpus),
         "machine": machine_of(arguments),

@@ -14,6 +14,8 @@ SYNTHETIC = {
     "synthetic_acceptance_rates": [RATE**i for i in range(1, K + 1)],
 }
 """Acceptance at each position, whatever is drafted."""
+MEMORY_BYTES = 48e9
+"""Of an engine: 0.6 of an 80 GB card, so that what the cache holds compares from card to card."""
 POLICY = ((1, 16, 15), (17, 4096, 7))
 """K by batch size: of the remote pairing, and of vLLM's dynamic K."""
 
@@ -36,7 +38,7 @@ def engine_options(arguments: argparse.Namespace, modes: tuple[str, ...]) -> dic
     else:
         ks = {0} if modes == ("target",) else {k for *_, k in POLICY}
         options |= {
-            "gpu_memory_utilization": 0.6 if arguments.gpus > 1 else 0.4,
+            "gpu_memory_utilization": _share(1.0 if arguments.gpus > 1 else 0.7),
             "max_num_batched_tokens": 8192,
             "compilation_config": graphs_of(most, ks),
         }
@@ -65,3 +67,10 @@ def engine_options(arguments: argparse.Namespace, modes: tuple[str, ...]) -> dic
         options["hf_overrides"] = {AUX_LAYERS_KEY: [layer + 1 for layer in shape.layer_ids]}
         options["async_scheduling"] = False
     return options | {"speculative_config": speculation}
+
+
+def _share(part: float) -> float:
+    """Of the card, for a part of `MEMORY_BYTES`."""
+    from vllm.platforms import current_platform
+
+    return min(0.9, part * MEMORY_BYTES / current_platform.get_device_total_memory())

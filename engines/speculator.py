@@ -90,6 +90,7 @@ class RemoteSpeculator(BaseSpeculator):
         self.width: int = vllm_config.model_config.get_hidden_size()
         self.num_layers = len(layers)
         self.target: MailboxTarget | None = None
+        self._is_warm = False
         if get_tp_group().rank_in_group == 0:
             folder = os.environ.get(MAILBOX_FOLDER_VARIABLE) if folder is None else folder
             self._open(vllm_config, [layer - 1 for layer in layers], folder)
@@ -157,8 +158,16 @@ class RemoteSpeculator(BaseSpeculator):
     ) -> Tensor:
         """Proposals int64 [R, K] on the device, not waited for."""
         num_requests, num_tokens = input_batch.num_reqs, input_batch.num_tokens
+        sampled = StepTensors(
+            positions=input_batch.positions[:num_tokens],
+            query_starts=input_batch.query_start_loc,
+            num_sampled=num_sampled,
+            num_rejected=num_rejected,
+            slots=input_batch.idx_mapping,
+            last_sampled=last_sampled,
+        )
         if dummy_run or is_profile:
-            self._claim_memory(num_tokens)
+            self._prepare(sampled)
             return torch.zeros(num_requests, self.max_k, dtype=torch.int64, device=self.device)
         tokens = torch.full((num_requests, self.max_k), self.absent, dtype=torch.int64, device=self.device)
         if self.target is not None:
@@ -177,14 +186,7 @@ class RemoteSpeculator(BaseSpeculator):
             tokens = self.target.propose(
                 input_batch.req_ids,
                 aux_hidden_states,
-                StepTensors(
-                    positions=input_batch.positions[:num_tokens],
-                    query_starts=input_batch.query_start_loc,
-                    num_sampled=num_sampled,
-                    num_rejected=num_rejected,
-                    slots=input_batch.idx_mapping,
-                    last_sampled=last_sampled,
-                ),
+                sampled,
                 longest=int(input_batch.num_scheduled_tokens.max()),
                 k=self.ks[num_requests],
                 hashes=hashes,
@@ -225,13 +227,16 @@ class RemoteSpeculator(BaseSpeculator):
         if self.target is not None:
             self.target.finish(ended)
 
-    def _claim_memory(self, num_tokens: int) -> None:
-        """What the projection will need, so that vLLM's memory profile leaves room for it."""
-        options = {"dtype": self.dtype, "device": self.device}
+    def _prepare(self, sampled: StepTensors) -> None:
+        """Take the memory that the projection will need, so that vLLM's profile leaves room for it; compile, once."""
+        options, num_tokens = {"dtype": self.dtype, "device": self.device}, len(sampled.positions)
         wide = self.num_layers * self.width
         shapes = ((self.width, wide), (num_tokens, wide), (num_tokens, 2 * self.width))
         held = [torch.empty(shape, **options) for shape in shapes]
         del held
+        if self.target is not None and num_tokens and not self._is_warm:
+            self.target.warm_up(sampled)
+            self._is_warm = True
 
 
 def _ends_a_prompt(batch: InputBatch) -> bool:

@@ -117,7 +117,7 @@ class Pair:
             number=self.steps,
             num_speculative_tokens=k,
             rows=pack_rows(rows),
-            features=self.engine.hello.projection(torch.cat([raw for *_, raw, _ in step.seen])),
+            features=self.engine.hello.projection.to("cpu")(torch.cat([raw for *_, raw, _ in step.seen])),
             finished=np.array(finished, dtype="<u8"),
         )
         (reply,) = self.twin.step([(0, asked)])

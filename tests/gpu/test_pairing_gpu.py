@@ -135,6 +135,8 @@ def test_a_stream_waits_for_the_reply_and_the_cpu_does_not(shared: Path) -> None
     start = 2**32 - 3
     for word in (BEGUN, DOORBELL, REPLY):
         mailbox.set_word(word, start)
+    # Of another step: one of those below has the number 0, which new pages bear.
+    mailbox.tokens[:] = 99 << 32
     taken: list[torch.Tensor] = []
     # CUDA loads a kernel at its first launch, which waits for the stream: here for the answer that comes after it.
     take_tokens(torch.from_numpy(mailbox.tokens).cuda(), 0, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from tests.ahead_tools import NeighbourPair, Pair, RelayedPair
 from tests.mailbox_tools import LAYOUT, ImaginedTarget, TargetStep
 from tests.pairing_tools import HIDDEN, LAYER_IDS, eventually, raw_features
+from unmask.pairing import draft_session
 from unmask.pairing.handover import Handover
 from unmask.pairing.mailbox import Mailbox
 from unmask.pairing.mailbox_words import DOORBELL, LATE, REPLY
@@ -40,6 +42,23 @@ def test_proposals_do_not_depend_on_when_the_step_was_queued(kind: type[Pair], t
         assert 10 < pair.engine.ahead_steps < 150
         assert pair.engine.resident_requests == pair.twin.resident_requests
     eventually(lambda: pair.engine.resident_requests == 0)
+
+
+def test_a_draft_without_room_for_a_mailbox_takes_the_rows_of_announced_steps_all_the_same(
+    tmp_path, monkeypatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(draft_session, "Relay", full)
+    imagined = ImaginedTarget(seed=12)
+    with RelayedPair(tmp_path) as pair:
+        for _ in range(60):
+            step, k = imagined.step(), imagined.random.randint(1, K)
+            assert pair.ask(step, k) == pair.ask_twin(step, k)
+            pair.finish(imagined.end())
+        assert pair.engine.ahead_steps == 0
+        assert pair.engine.resident_requests == pair.twin.resident_requests
 
 
 def one_step(imagined: ImaginedTarget, pair: Pair) -> TargetStep:
@@ -159,7 +178,8 @@ def test_a_neighbour_that_goes_is_replaced_over_the_wire_and_comes_back(tmp_path
         pair.batcher = pair.server._batcher
         pair.before = pair.batcher.steps - pair.target.asked
         before = pair.batcher.messages
-        one_step(imagined, pair)
+        # It has not seen the first rows, so that what it drafts may differ.
+        pair.ask(imagined.step(), K)
         assert pair.batcher.messages == before + 1
         assert asked_over_the_wire == 1
 

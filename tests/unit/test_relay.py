@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import socket
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,22 +11,26 @@ import pytest
 import torch
 
 from tests.ahead_tools import CountingEngine, new_engine
-from tests.pairing_tools import BLOCK_SIZE, HIDDEN, row
+from tests.pairing_tools import BLOCK_SIZE, HIDDEN, eventually, row
 from unmask.errors import WireError
-from unmask.pairing.announcement import Announcement
+from unmask.pairing.announcement import Announcement, decode_tokens
 from unmask.pairing.batcher import Batcher
+from unmask.pairing.channel import Channel
 from unmask.pairing.draft_engine import DraftEngine
 from unmask.pairing.local_drafting import LocalDrafting
 from unmask.pairing.relay import Relay
-from unmask.pairing.wire import Proposals, Step, pack_rows
+from unmask.pairing.wire import MAX_MESSAGE_BYTES, Kind, Proposals, Step, pack_rows, tensor_bytes
 
 K = BLOCK_SIZE - 1
+TAG = 2**32 - 5
+"""The target's own number of a step."""
 
 
 def announced(
     engine: DraftEngine, requests: list[int], k: int = K, longest: int = 6, max_rows: int = 64
 ) -> Announcement:
     return Announcement(
+        number=TAG,
         draft_version=engine.version,
         num_speculative_tokens=k,
         requests=np.array(requests, dtype=np.uint64),
@@ -50,6 +55,14 @@ def step_of(engine: DraftEngine, number: int, rows: list[tuple[int, int, int, in
     )
 
 
+def laid_rows(step: Step) -> np.ndarray:
+    """int32 [R, 4] as a target's GPU lays them, with a tag of its own."""
+    rows = np.full((len(step.rows), 4), 77, dtype=np.int32)
+    for column, name in enumerate(("start", "num_features", "last_token")):
+        rows[:, column] = step.rows[name]
+    return rows
+
+
 class Relayed:
     """A relay, and a draft of the same weights that is asked directly."""
 
@@ -57,16 +70,34 @@ class Relayed:
         self.engine, self.twin = engine, new_engine(DraftEngine, "cpu")
         self.batcher = Batcher(engine, on_end=lambda: None)
         self.batcher.start()
+        self.vocab_size = engine.hello.vocab_size
         drafting = LocalDrafting(engine, self.batcher, itertools.count().__next__)
-        self.relay = Relay(drafting, announced(engine, []), HIDDEN, torch.float32)
+        self.relay = Relay(drafting, announced(engine, []), HIDDEN, torch.float32, self.vocab_size)
+        self.theirs, self.channel = (Channel(sock) for sock in socket.socketpair())
 
     def check(self, step: Step) -> Proposals:
         reply = self.relay.answer(step)
+        self.relay.reply_sent()
         (expected,) = self.twin.step([(0, step)])
         assert reply.counts.tolist() == expected.counts.tolist()
         assert reply.tokens.tolist() == expected.tokens.tolist()
         assert (reply.number, reply.epoch, reply.draft_version) == (step.number, step.epoch, step.draft_version)
         return reply
+
+    def send_rows(self, step: Step) -> np.ndarray:
+        self.theirs.send(Kind.ROWS, [laid_rows(step).data, tensor_bytes(step.features)])
+        _, num_bytes = self.channel.begin([Kind.ROWS], MAX_MESSAGE_BYTES)
+        payload = self.relay.answer_announced(self.channel, num_bytes)
+        self.relay.reply_sent()
+        words = decode_tokens(payload, len(step.rows), step.num_speculative_tokens, self.vocab_size)
+        return np.where(words >> 32 == -5, words & 0xFFFFFFFF, -1)
+
+    def check_announced(self, step: Step, k: int = K, longest: int = 6) -> None:
+        self.relay.announce(announced(self.engine, step.rows["request"].tolist(), k, longest))
+        tokens = self.send_rows(step)
+        (expected,) = self.twin.step([(0, step)])
+        kept = np.arange(k) < expected.counts[:, None]
+        assert tokens.tolist() == np.where(kept, expected.tokens, -1).tolist()
 
 
 @pytest.fixture(params=[CountingEngine, DraftEngine])
@@ -75,44 +106,61 @@ def relayed(request) -> Iterator[Relayed]:
     yield relayed
     relayed.relay.close()
     relayed.batcher.stop()
+    relayed.theirs.close()
+    relayed.channel.close()
 
 
 def test_what_was_announced_or_not_is_answered_alike(relayed) -> None:
-    engine, relay = relayed.engine, relayed.relay
+    engine = relayed.engine
     relayed.check(step_of(engine, 1, [(7, 0, 9, 3), (8, 0, 4, -1)]))
-    relay.announce(announced(engine, [7, 8]))
-    relayed.check(step_of(engine, 2, [(7, 9, 2, 5), (8, 4, 3, 6)]))
-    relay.announce(announced(engine, [7], k=2))
-    relayed.check(step_of(engine, 3, [(7, 11, 6, 5)], k=2))
+    relayed.check_announced(step_of(engine, 2, [(7, 9, 2, 5), (8, 4, 3, 6)]))
+    relayed.check_announced(step_of(engine, 3, [(7, 11, 6, 5)], k=2), k=2)
+    relayed.check(step_of(engine, 4, [(7, 17, 1, 5), (8, 7, 1, 6)]))
     if isinstance(engine, CountingEngine):
-        assert engine.ahead_steps == 2
+        # A step is booked when its reply is on its way.
+        eventually(lambda: engine.ahead_steps == 3)
 
 
 def test_an_announced_step_that_never_comes_is_let_go(relayed) -> None:
     engine, relay = relayed.engine, relayed.relay
     relayed.check(step_of(engine, 1, [(7, 0, 9, 3), (8, 0, 4, 4)]))
     relay.announce(announced(engine, [7, 8]))
-    relay.announce(announced(engine, [7, 8]))
-    relayed.check(step_of(engine, 2, [(7, 9, 2, 5), (8, 4, 3, 6)]))
-    # Other requests than were announced, another K, more rows.
-    for number, (changes, rows, k) in enumerate(
+    relayed.check_announced(step_of(engine, 2, [(7, 9, 2, 5), (8, 4, 3, 6)]))
+    # Another step than was announced: other requests, another K, more rows.
+    for number, (rows, k) in enumerate(
         (
-            ([7], [(7, 11, 1, 5), (8, 7, 1, 6)], K),
-            ([7, 8], [(7, 12, 1, 5), (8, 8, 1, 6)], 2),
-            ([7], [(7, 13, 9, 5)], K),
+            ([(7, 11, 1, 5), (8, 7, 1, 6)], K),
+            ([(7, 12, 1, 5), (8, 8, 1, 6)], 2),
+            ([(7, 13, 9, 5)], K),
         ),
         start=3,
     ):
-        relay.announce(announced(engine, changes))
+        relay.announce(announced(engine, [7]))
         relayed.check(step_of(engine, number, rows, k))
 
 
 def test_more_than_was_announced_is_refused(relayed) -> None:
     engine, relay = relayed.engine, relayed.relay
+    with pytest.raises(WireError, match="not announced"):
+        relayed.send_rows(step_of(engine, 2, [(7, 0, 1, 3)]))
     with pytest.raises(WireError, match="requests"):
         relay.announce(announced(engine, list(range(9))))
     with pytest.raises(WireError, match="rows"):
         relay.answer(step_of(engine, 1, [(7, 0, 65, 3)]))
     with pytest.raises(WireError, match="a message holds"):
-        Relay(relay._drafting, announced(engine, [], max_rows=2**31), HIDDEN, torch.float32)
-    relayed.check(step_of(engine, 2, [(7, 0, 9, 3)]))
+        Relay(relay._drafting, announced(engine, [], max_rows=2**31), HIDDEN, torch.float32, relayed.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([(7, 0, 7, 3)], "more than were announced"),
+        ([(7, 0, 2, 3), (8, 0, 2, 3)], "bytes for 1 requests"),
+        ([(7, 0, 2, 10**6)], "outside the sequence or the vocabulary"),
+        ([(7, 2**31, 2, 3)], "outside the sequence or the vocabulary"),
+    ],
+)
+def test_rows_that_are_not_what_was_announced_are_refused(relayed, rows, message: str) -> None:
+    relayed.relay.announce(announced(relayed.engine, [7]))
+    with pytest.raises(WireError, match=message):
+        relayed.send_rows(step_of(relayed.engine, 1, rows))

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +11,17 @@ from hypothesis import strategies as st
 from tests.pairing_tools import HIDDEN, VOCAB, row
 from unmask.errors import WireError
 from unmask.pairing import wire
-from unmask.pairing.announcement import Announcement, decode_announcement, encode_announcement
+from unmask.pairing.announcement import (
+    Announcement,
+    check_rows,
+    decode_announcement,
+    decode_tokens,
+    encode_announcement,
+    encode_tokens,
+    num_feature_rows,
+)
 from unmask.pairing.hello import decode_hello
+from unmask.pairing.mailbox_words import STEP_MASK, signed
 from unmask.pairing.wire import Kind, Proposals, Step
 from unmask.types import ProposalRow
 
@@ -184,6 +192,7 @@ def test_a_frame_that_is_not_due_is_refused(header: bytes, message: str) -> None
 def announcements(draw: st.DrawFn) -> Announcement:
     most = draw(st.integers(1, 50))
     return Announcement(
+        number=draw(st.integers(0, 2**32 - 1)),
         draft_version=draw(U64),
         num_speculative_tokens=draw(st.integers(1, 255)),
         requests=np.array(draw(st.lists(U64, max_size=most, unique=True)), dtype=np.uint64),
@@ -212,20 +221,47 @@ def test_a_damaged_announcement_is_refused_or_says_something_else(announcement: 
         decode_announcement(payload)
 
 
-@given(steps())
-def test_a_step_is_recognised_by_what_was_announced(step: Step) -> None:
-    announced = Announcement(
-        draft_version=step.draft_version,
-        num_speculative_tokens=step.num_speculative_tokens,
-        requests=step.rows["request"],
-        finished=step.finished,
-        longest=int(step.rows["num_features"].max(initial=0)),
-        max_requests=50,
-        max_rows=50,
-    )
-    assert announced.matches(step)
-    assert not replace(announced, requests=np.append(announced.requests, 1)).matches(step)
-    assert not replace(announced, draft_version=step.draft_version ^ 1).matches(step)
-    assert not replace(announced, num_speculative_tokens=step.num_speculative_tokens + 1).matches(step)
-    if announced.longest:
-        assert not replace(announced, longest=announced.longest - 1).matches(step)
+@pytest.mark.parametrize("number", [0, 1, 2**31 - 1, 2**31, 2**32 - 1])
+def test_valid_tokens_bear_the_number_of_their_step_and_no_others(number: int) -> None:
+    tokens, valid = np.array([[1, 2, 0], [5, 0, 3]]), np.array([[1, 1, 0], [1, 0, 0]], dtype=bool)
+    words = decode_tokens(encode_tokens(tokens, valid, number), 2, 3, 6)
+    assert ((words >> 32 == signed(number)) == valid).all()
+    assert (words[valid] & STEP_MASK).tolist() == [1, 2, 5]
+
+
+def test_tokens_outside_the_vocabulary_or_of_another_size_are_refused() -> None:
+    payload = encode_tokens(np.array([[1, 2], [6, 0]]), np.ones((2, 2), dtype=bool), 7)
+    assert decode_tokens(payload, 2, 2, 7).shape == (2, 2)
+    with pytest.raises(WireError, match="outside the vocabulary"):
+        decode_tokens(payload, 2, 2, 6)
+    with pytest.raises(WireError, match="for 2 x 3 tokens"):
+        decode_tokens(payload, 2, 3, 7)
+
+
+@pytest.mark.parametrize("num_bytes", [31, 32 + 7, 32 - 8])
+def test_a_message_of_rows_that_cannot_be_cut_is_refused(num_bytes: int) -> None:
+    assert num_feature_rows(32 + 3 * 8, 2, 8) == 3
+    with pytest.raises(WireError, match="2 requests"):
+        num_feature_rows(num_bytes, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ((0, 4, 5), None),
+        ((0, 4, -1), None),
+        ((0, 3, 5), "add up"),
+        ((0, -1, 5), "add up"),
+        ((-1, 4, 5), "outside"),
+        ((0, 4, 10), "outside"),
+    ],
+)
+def test_rows_are_what_was_announced(row: tuple[int, int, int], message: str | None) -> None:
+    rows = np.array([[3, 2, 9, 7], [*row, 7]], dtype=np.int32)
+    if message is None:
+        check_rows(rows.data.cast("B"), 6, longest=4, vocab_size=10)
+        with pytest.raises(WireError, match="more than were announced"):
+            check_rows(rows.data.cast("B"), 6, longest=3, vocab_size=10)
+        return
+    with pytest.raises(WireError, match=message):
+        check_rows(rows.data.cast("B"), 6, longest=4, vocab_size=10)

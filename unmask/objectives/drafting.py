@@ -141,13 +141,15 @@ class DraftingLoss:
         )  # fmt: skip
         return torch.stack([part.detach().float() for part in parts])
 
-    def loss(self, totals: Tensor, beta: float) -> Tensor:
+    def loss(self, totals: Tensor, beta: float | Tensor) -> Tensor:
         """This rank's share of L = sum w l / sum w + beta * sum g H / sum g, with global denominators."""
         share = self.row_sum / totals[0].clamp(min=1e-6)
-        return share + beta * self.entropy_sum / totals[1].clamp(min=1e-6) if beta else share
+        if isinstance(beta, float) and not beta:
+            return share
+        return share + beta * self.entropy_sum / totals[1].clamp(min=1e-6)
 
 
-def report(totals: Tensor, beta: float) -> dict[str, Tensor]:
+def report(totals: Tensor, beta: float | Tensor) -> dict[str, Tensor]:
     """The global loss and its parts as float32 scalars on the device of `totals`.
 
     `acceptance` is teacher-forced (1 + right rows before the first wrong one); it does not predict a served pairing's.

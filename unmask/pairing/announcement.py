@@ -1,4 +1,6 @@
-"""What a target worker knows of a step before its GPU has run it, as an ANNOUNCE frame: enough to queue it."""
+"""What a target worker knows of a step before its GPU has run it, as an ANNOUNCE frame: enough to queue it. Its rows
+follow in a ROWS frame as they lie in the mailbox (int32 rows [R, 4], features [T, H]), and are answered by a TOKENS
+frame, so that next to nothing has to be done to them on their way."""
 
 from __future__ import annotations
 
@@ -8,9 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from unmask.errors import WireError
-from unmask.pairing.wire import MAX_ROWS, MAX_SPECULATIVE_TOKENS, Buffer, Step
+from unmask.pairing.mailbox_words import STEP_MASK, signed
+from unmask.pairing.wire import MAX_ROWS, MAX_SPECULATIVE_TOKENS, Buffer
 
-_ANNOUNCE = struct.Struct("<Q5IH2x")
+ROW_BYTES = 16
+"""A row of a mailbox: int32 start, number of features, last token (negative: no proposal wanted), and a tag."""
+_ANNOUNCE = struct.Struct("<Q6IH2x")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +23,7 @@ class Announcement:
     """A step to come.
 
     Attributes:
+        number: uint32 that its tokens are to bear.
         draft_version: of the projection that will make its features.
         num_speculative_tokens: K.
         requests: uint64 numbers [R], in the order of the rows to come.
@@ -26,6 +32,7 @@ class Announcement:
         max_requests, max_rows: of any step of this worker.
     """
 
+    number: int
     draft_version: int
     num_speculative_tokens: int
     requests: np.ndarray
@@ -33,14 +40,6 @@ class Announcement:
     longest: int
     max_requests: int
     max_rows: int
-
-    def matches(self, step: Step) -> bool:
-        """Whether a step is the one that was announced."""
-        return (
-            (self.draft_version, self.num_speculative_tokens) == (step.draft_version, step.num_speculative_tokens)
-            and np.array_equal(self.requests, step.rows["request"])
-            and int(step.rows["num_features"].max(initial=0)) <= self.longest
-        )
 
 
 def encode_announcement(announcement: Announcement) -> list[Buffer]:
@@ -52,6 +51,7 @@ def encode_announcement(announcement: Announcement) -> list[Buffer]:
         announcement.longest,
         announcement.max_requests,
         announcement.max_rows,
+        announcement.number,
         announcement.num_speculative_tokens,
     )
     return [header, *(numbers.astype("<u8").tobytes() for numbers in (announcement.requests, announcement.finished))]
@@ -61,7 +61,7 @@ def decode_announcement(payload: Buffer) -> Announcement:
     """Read an ANNOUNCE payload. Raises WireError."""
     if len(payload) < _ANNOUNCE.size:
         raise WireError("an ANNOUNCE message is cut short")
-    version, num_rows, num_finished, longest, max_requests, max_rows, k = _ANNOUNCE.unpack_from(payload)
+    version, num_rows, num_finished, longest, max_requests, max_rows, number, k = _ANNOUNCE.unpack_from(payload)
     if len(payload) != _ANNOUNCE.size + 8 * (num_rows + num_finished):
         raise WireError("the size of an ANNOUNCE message does not match its fields")
     if not 1 <= k <= MAX_SPECULATIVE_TOKENS or not num_rows <= max_requests <= MAX_ROWS or not longest <= max_rows:
@@ -70,6 +70,7 @@ def decode_announcement(payload: Buffer) -> Announcement:
     if len(np.unique(numbers[:num_rows])) != num_rows:
         raise WireError("an ANNOUNCE message names a request twice")
     return Announcement(
+        number=number,
         draft_version=version,
         num_speculative_tokens=k,
         requests=numbers[:num_rows],
@@ -78,3 +79,38 @@ def decode_announcement(payload: Buffer) -> Announcement:
         max_requests=max_requests,
         max_rows=max_rows,
     )
+
+
+def num_feature_rows(num_bytes: int, num_requests: int, row_bytes: int) -> int:
+    """T of a ROWS frame of so many bytes, whose feature rows have `row_bytes` each. Raises WireError."""
+    num_rows, rest = divmod(num_bytes - num_requests * ROW_BYTES, row_bytes)
+    if num_rows < 0 or rest:
+        raise WireError(f"a ROWS message of {num_bytes} bytes for {num_requests} requests")
+    return num_rows
+
+
+def check_rows(rows: memoryview, num_features: int, longest: int, vocab_size: int) -> None:
+    """Refuse rows int32 [R, 4] that are not what was announced. Raises WireError."""
+    # Lists, for the first array operation after a rest takes ten times as long.
+    words = rows.cast("i").tolist()
+    starts, counts, tokens = words[::4], words[1::4], words[2::4]
+    if sum(counts) != num_features or min(counts, default=0) < 0 or max(counts, default=0) > longest:
+        raise WireError("the rows of a ROWS message do not add up to its features, or are more than were announced")
+    if min(starts, default=0) < 0 or max(tokens, default=0) >= vocab_size:
+        raise WireError("a row of a ROWS message lies outside the sequence or the vocabulary")
+
+
+def encode_tokens(tokens: np.ndarray, valid: np.ndarray, number: int) -> bytes:
+    """A TOKENS payload: int64 [R, K], a tag in the upper half, an id in the lower; valid ids bear the step's number."""
+    own, other = signed(number) << 32, signed(~number & STEP_MASK) << 32
+    return np.where(valid, own | tokens.astype(np.int64), other).tobytes()
+
+
+def decode_tokens(payload: Buffer, num_requests: int, k: int, vocab_size: int) -> np.ndarray:
+    """Token words int64 [R, K] of a TOKENS payload. Raises WireError."""
+    if len(payload) != 8 * num_requests * k:
+        raise WireError(f"a TOKENS message of {len(payload)} bytes for {num_requests} x {k} tokens")
+    words = np.frombuffer(payload, dtype="<i8").reshape(num_requests, k)
+    if (words & STEP_MASK).max(initial=0) >= vocab_size:
+        raise WireError("a proposal outside the vocabulary")
+    return words

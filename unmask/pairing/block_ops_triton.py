@@ -63,12 +63,13 @@ def _split(
     inside = (head < HEADS) & (column < HALF)
     is_column = column < HALF
     source = qkv + row.to(tl.int64) * (GROUP + 2) * HEADS * D + (part * HEADS + head) * D + column
-    first = tl.load(source, mask=inside, other=0.0)
-    second = tl.load(source + HALF, mask=inside, other=0.0)
+    # Of one type in both branches, as Triton wants it; back in that of the values nothing is rounded.
+    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
     if part == GROUP + 1:
         out = values + (row.to(tl.int64) * HEADS + head) * D + column
-        tl.store(out, first, mask=inside)
-        tl.store(out + HALF, second, mask=inside)
+        tl.store(out, first.to(values.dtype.element_ty), mask=inside)
+        tl.store(out + HALF, second.to(values.dtype.element_ty), mask=inside)
     else:
         if part == GROUP:
             norm = k_norm
@@ -76,7 +77,6 @@ def _split(
         else:
             norm = q_norm
             out = queries + (row.to(tl.int64) * GROUP * HEADS + part * HEADS + head) * D + column
-        first, second = first.to(tl.float32), second.to(tl.float32)
         squares = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
         scale = tl.rsqrt(squares / D + eps)[:, None]
         first *= scale * tl.load(norm + column, mask=is_column, other=0.0).to(tl.float32)

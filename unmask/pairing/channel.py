@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import select
 import socket
 import time
@@ -9,11 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unmask.errors import ConfigError
+from unmask.pairing.polling import Attention
 from unmask.pairing.wire import FRAME_BYTES, Buffer, Kind, decode_frame, encode_frame
 
 UNIX_PREFIX = "unix:"
 _FIRST_BUFFER_BYTES = 2**16
 _KEPT_BUFFER_BYTES = 2**26
+_AHEAD_BYTES = 2**12
+_SOCKET_BYTES = 2**23
+"""Buffered by the kernel, so that a step's rows are sent without waiting for them to be read."""
+_TIMEOUT_S = 1e-3
 
 
 def parse_address(address: str) -> str | tuple[str, int]:
@@ -36,10 +42,17 @@ class Channel:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._buffer = bytearray(_FIRST_BUFFER_BYTES)
+        self._ahead = memoryview(bytearray(_AHEAD_BYTES))
+        self._unread = self._ahead[:0]
+        """What has been read beyond what was asked for."""
+        self._poller = select.poll()
+        self._poller.register(sock, select.POLLIN)
         self._bytes_sent = 0
         self._bytes_received = 0
+        self._timeout = sock.gettimeout()
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _widen(sock)
 
     @classmethod
     def connect(cls, address: str, deadline: float) -> Channel:
@@ -70,10 +83,37 @@ class Channel:
             if sent:
                 views[0] = views[0][sent:]
 
-    def receive(self, allowed: Sequence[Kind], limit: int, deadline: float | None = None) -> tuple[Kind, memoryview]:
-        """Receive one frame of an allowed kind, at most `limit` bytes. Raises WireError, OSError."""
-        kind, num_bytes = decode_frame(self._read(FRAME_BYTES, deadline), allowed, limit)
-        return kind, self._read(num_bytes, deadline)
+    def receive(
+        self,
+        allowed: Sequence[Kind],
+        limit: int,
+        deadline: float | None = None,
+        attention: Attention | None = None,
+    ) -> tuple[Kind, memoryview]:
+        """Receive one frame of an allowed kind, at most `limit` bytes (see `begin`). Raises WireError, OSError."""
+        kind, num_bytes = self.begin(allowed, limit, deadline, attention)
+        return kind, self.read(num_bytes, deadline)
+
+    def begin(
+        self,
+        allowed: Sequence[Kind],
+        limit: int,
+        deadline: float | None = None,
+        attention: Attention | None = None,
+    ) -> tuple[Kind, int]:
+        """The kind and size of the next frame, whose payload is then read by `read` or `read_into`.
+
+        Args:
+            attention: looks for a frame that is due, for being woken takes its time.
+        """
+        if attention is not None:
+            attention.begin()
+            while attention.is_close and not self._unread and not self._poller.poll(0):
+                attention.rest()
+        header = self.read(FRAME_BYTES, deadline)
+        if attention is not None:
+            attention.came()
+        return decode_frame(header, allowed, limit)
 
     def peer_has_closed(self) -> bool:
         """Whether the peer has hung up. Does not wait, consumes nothing, may be asked from another thread."""
@@ -105,25 +145,48 @@ class Channel:
         """Release the connection."""
         self._socket.close()
 
-    def _read(self, num_bytes: int, deadline: float | None) -> memoryview:
+    def read(self, num_bytes: int, deadline: float | None = None) -> memoryview:
+        """So many bytes of a payload, in the buffer."""
         buffer = self._buffer
         if num_bytes > len(buffer):
             # A new buffer, because views of the old one may still be alive.
             buffer = bytearray(num_bytes if num_bytes > _KEPT_BUFFER_BYTES else 1 << (num_bytes - 1).bit_length())
             self._buffer = buffer if num_bytes <= _KEPT_BUFFER_BYTES else self._buffer
         view = memoryview(buffer)[:num_bytes]
-        filled = 0
-        while filled < num_bytes:
-            self._set_timeout(deadline)
-            received = self._socket.recv_into(view[filled:])
-            if not received:
-                raise ConnectionResetError("the peer hung up")
-            filled += received
-        self._bytes_received += num_bytes
+        self.read_into(view, deadline)
         return view
 
+    def read_into(self, view: memoryview, deadline: float | None = None) -> None:
+        """As many bytes of a payload as a view of bytes holds, where it lies."""
+        filled, num_bytes = 0, len(view)
+        while True:
+            taken = min(len(self._unread), num_bytes - filled)
+            view[filled : filled + taken] = self._unread[:taken]
+            self._unread, filled = self._unread[taken:], filled + taken
+            if filled == num_bytes:
+                break
+            self._set_timeout(deadline)
+            # Little is read with what follows it, much where it belongs.
+            is_little = num_bytes - filled < _AHEAD_BYTES
+            received = self._socket.recv_into(self._ahead if is_little else view[filled:])
+            if not received:
+                raise ConnectionResetError("the peer hung up")
+            if is_little:
+                self._unread = self._ahead[:received]
+            else:
+                filled += received
+        self._bytes_received += num_bytes
+
     def _set_timeout(self, deadline: float | None) -> None:
-        self._socket.settimeout(None if deadline is None else _remaining(deadline))
+        """Let the next call end by the deadline, give or take a millisecond: setting it is a system call."""
+        remaining = None if deadline is None else _remaining(deadline)
+        if remaining is None or self._timeout is None:
+            if remaining is self._timeout:
+                return
+        elif abs(remaining - self._timeout) < _TIMEOUT_S:
+            return
+        self._socket.settimeout(remaining)
+        self._timeout = remaining
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -136,6 +199,20 @@ def listen(host: str, port: int) -> socket.socket:
     listener.bind(path)
     listener.listen()
     return listener
+
+
+def _widen(sock: socket.socket) -> None:
+    """Give a connection large buffers where the host allows them: what it refuses would only end its own tuning."""
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        if _is_allowed(option):
+            sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BYTES)
+
+
+@functools.cache
+def _is_allowed(option: int) -> bool:
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BYTES)
+        return trial.getsockopt(socket.SOL_SOCKET, option) >= _SOCKET_BYTES
 
 
 def _remaining(deadline: float) -> float:

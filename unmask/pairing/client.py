@@ -24,6 +24,7 @@ from unmask.pairing.announcement import Announcement
 from unmask.pairing.connection import DraftConnection, DraftReplacedError
 from unmask.pairing.hello import Hello, TargetShape
 from unmask.pairing.link_file import LinkConfig, read_link_file
+from unmask.pairing.mailbox import Control
 from unmask.pairing.status import LinkStatus
 from unmask.pairing.wire import Proposals, pack_hashes, pack_rows
 from unmask.types import ProposalRow
@@ -171,21 +172,46 @@ class DraftLink:
             version, k, lambda c, k, end: c.exchange(rows, context, finished, hashes=hashes, k=k, deadline=end)
         )
 
-    def announce(self, announcement: Announcement) -> None:
-        """Tell a draft that queues announced steps of one to come; nothing happens if there is no such draft."""
+    def announce(self, announcement: Announcement) -> int:
+        """Tell a draft that queues announced steps of one to come, whose rows are sent by `ask_announced`.
+
+        Returns:
+            K that it will draft; 0 if there is no such draft.
+        """
         with self._lock:
             connection, config = self._connection, self._config
             if connection is None or config is None or not connection.hello.takes_announcements:
-                return
+                return 0
             k = min(announcement.num_speculative_tokens, self.num_speculative_tokens)
             if connection.hello.draft_version != announcement.draft_version or not k:
-                return
+                return 0
             try:
                 connection.announce(
                     replace(announcement, num_speculative_tokens=k), time.monotonic() + config.timeout_ms / 1000
                 )
             except OSError as error:
                 self._fail_step(error)
+                return 0
+        return k
+
+    def ask_announced(
+        self, control: Control, k: int, parts: Sequence[memoryview], deliver: Callable[[np.ndarray], None]
+    ) -> bool:
+        """Proposals for the step that was announced last.
+
+        Args:
+            control: the step.
+            k: what `announce` has returned.
+            parts: bytes of the rows int32 [R, 4] and of the features [T, H].
+            deliver: called with token words int64 [R, K] (see `Mailbox.answer_words`) before all bookkeeping.
+
+        Returns:
+            False without proposals.
+        """
+        proposals = self._exchange(
+            control.draft_version, k, lambda c, _, end: c.exchange_announced(control, k, parts, deliver, deadline=end)
+        )
+        return proposals is not None
 
     def _exchange(
         self, version: int | None, k: int | None, ask: Callable[[DraftConnection, int, float], Proposals]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from unmask.errors import WireError
-from unmask.pairing.announcement import Announcement, encode_announcement
+from unmask.pairing.announcement import Announcement, decode_tokens, encode_announcement
 from unmask.pairing.channel import Channel
 from unmask.pairing.handshake import authenticate_as_target, read_secret
 from unmask.pairing.hello import Hello, TargetShape, decode_hello
 from unmask.pairing.link_file import LinkConfig
+from unmask.pairing.mailbox import Control
+from unmask.pairing.mailbox_words import STEP_MASK, signed
+from unmask.pairing.polling import Attention
 from unmask.pairing.wire import (
     MAX_MESSAGE_BYTES,
     NO_HASHES,
@@ -45,6 +48,7 @@ class DraftConnection:
         self._projection = hello.projection.to(device)
         self._epoch = secrets.randbits(64)
         self._steps = 0
+        self._attention = Attention(spins=None)
 
     @classmethod
     def open(cls, address: str | None, config: LinkConfig, shape: TargetShape, device: torch.device) -> DraftConnection:
@@ -110,17 +114,46 @@ class DraftConnection:
         return decode_proposals(payload, step, self.hello.vocab_size)
 
     def announce(self, announcement: Announcement, deadline: float) -> None:
-        """Let the draft queue a step that will be sent. Raises OSError."""
+        """Let the draft queue a step whose rows will be sent. Raises OSError."""
         self.channel.send(Kind.ANNOUNCE, encode_announcement(announcement), deadline)
+
+    def exchange_announced(
+        self,
+        control: Control,
+        k: int,
+        parts: Sequence[memoryview],
+        deliver: Callable[[np.ndarray], None],
+        *,
+        deadline: float,
+    ) -> Proposals:
+        """Send the rows and features of the step that was announced last, and wait (see `DraftLink.ask_announced`).
+
+        Raises WireError, OSError, DraftReplacedError.
+        """
+        self._steps += 1
+        self.channel.send(Kind.ROWS, parts, deadline)
+        payload = _receive(self.channel, Kind.TOKENS, MAX_MESSAGE_BYTES, deadline, self._attention)
+        words = decode_tokens(payload, len(control.requests), k, self.hello.vocab_size)
+        deliver(words)
+        valid = np.logical_and.accumulate(words >> 32 == signed(control.number), axis=1)
+        return Proposals(
+            draft_version=self.hello.draft_version,
+            epoch=self._epoch,
+            number=self._steps,
+            counts=valid.sum(axis=1, dtype=np.uint8),
+            tokens=(words & STEP_MASK).astype(np.int32),
+        )
 
     def close(self) -> None:
         """Hang up."""
         self.channel.close()
 
 
-def _receive(channel: Channel, kind: Kind, limit: int, deadline: float) -> memoryview:
+def _receive(
+    channel: Channel, kind: Kind, limit: int, deadline: float, attention: Attention | None = None
+) -> memoryview:
     """Receive a frame of one kind; a refusal in its place is raised as WireError, a replacement as such."""
-    received, payload = channel.receive([kind, Kind.REFUSAL, Kind.REPLACED], limit, deadline)
+    received, payload = channel.receive([kind, Kind.REFUSAL, Kind.REPLACED], limit, deadline, attention)
     if received is Kind.REPLACED:
         raise DraftReplacedError
     if received is Kind.REFUSAL:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from unmask.pairing.announcement import Announcement
 from unmask.pairing.client import DraftLink
 from unmask.pairing.hello import Hello, TargetShape
 from unmask.pairing.link_file import read_link_file
+from unmask.pairing.mailbox import Control
 from unmask.pairing.status import GAUGES, LinkStatus
 from unmask.types import ProposalRow
 
@@ -156,9 +157,7 @@ class DraftFleet:
         tokens, counts = np.zeros((len(rows), k), dtype=np.int32), np.zeros(len(rows), dtype=np.uint8)
         if len(self.links) == 1:
             # Nothing to choose from, and no objects to make.
-            for request in finished:
-                self._home.pop(request, None)
-            self._home.update(dict.fromkeys(rows["request"].tolist(), 0))
+            self._settle(rows["request"], finished)
             proposals = self.links[0].ask(rows, hashes, context, finished, k, version)
             if proposals is not None:
                 tokens[:, : proposals.tokens.shape[1]], counts = proposals.tokens, proposals.counts
@@ -175,10 +174,24 @@ class DraftFleet:
             tokens[i, : len(ids)], counts[i] = ids, len(ids)
         return tokens, counts
 
-    def announce(self, announcement: Announcement) -> None:
+    def announce(self, announcement: Announcement) -> int:
         """See `DraftLink.announce`. With several drafts nobody knows yet which of them will be asked for whom."""
-        if len(self.links) == 1:
-            self.links[0].announce(announcement)
+        if len(self.links) != 1 or not (k := self.links[0].announce(announcement)):
+            return 0
+        self._settle(announcement.requests, announcement.finished)
+        return k
+
+    def ask_announced(
+        self, control: Control, k: int, parts: Sequence[memoryview], deliver: Callable[[np.ndarray], None]
+    ) -> bool:
+        """See `DraftLink.ask_announced`."""
+        return self.links[0].ask_announced(control, k, parts, deliver)
+
+    def _settle(self, requests: np.ndarray, finished: np.ndarray | Sequence[int]) -> None:
+        """The only draft is everybody's home."""
+        for request in finished:
+            self._home.pop(int(request), None)
+        self._home.update(dict.fromkeys(requests.tolist(), 0))
 
     def _assign(self, rows: Sequence[ProposalRow], version: int | None) -> list[int]:
         """The draft of each row, by index."""

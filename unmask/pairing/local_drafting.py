@@ -15,7 +15,7 @@ from unmask.pairing.batcher import Batcher
 from unmask.pairing.draft_engine import DraftEngine
 from unmask.pairing.hello import Hello
 from unmask.pairing.mailbox import Control, Mailbox
-from unmask.pairing.mailbox_reader import Asked, no_proposals
+from unmask.pairing.mailbox_reader import Asked, End, no_proposals
 from unmask.pairing.mailbox_words import LATE, REPLY
 from unmask.pairing.stream_end import StreamEnd
 from unmask.pairing.stream_words import HostWords, PinnedMailbox
@@ -46,6 +46,8 @@ class LocalDrafting:
         self._end: StreamEnd | None = None
         self._is_careful = False
         """Rows of the last step could not be served ahead: the next one is left to the engine's own rules."""
+        self.before_booking: Callable[[], object] = lambda: None
+        """Called when a step that was queued has been answered and is about to be booked."""
 
     is_elsewhere = False
     """See `Proposer.is_elsewhere`."""
@@ -93,7 +95,7 @@ class LocalDrafting:
             return
         self._end = end
 
-    def ahead(self, control: Control, finished: Sequence[int], await_end: Callable[[StreamEnd], float]) -> bool:
+    def ahead(self, control: Control, finished: Sequence[int], await_end: Callable[[End], float]) -> bool:
         """See `Proposer.ahead`."""
         end, is_careful = self._end, self._is_careful
         self._is_careful = False
@@ -104,6 +106,7 @@ class LocalDrafting:
                 if step is None:
                     return False
                 took = await_end(end)
+                self.before_booking()
                 seen = end.seen(control.number, len(control.requests))
                 booking = self._engine.book(step, seen)
         except Exception:

@@ -85,6 +85,7 @@ class Mailbox(MailboxWords):
         super().__init__(path, layout.num_bytes)
         self._owned: BufferedWriter | None = None
         memory = self.memory = np.frombuffer(self.map, dtype=np.uint8)
+        self._bytes = memoryview(self.map)
         requests, max_k = layout.max_requests, layout.max_k
         self.rows = memory[layout.rows_at :][: 16 * requests].view(np.int32).reshape(requests, 4)
         self.tokens = memory[layout.tokens_at :][: 8 * requests * max_k].view(np.int64).reshape(requests, max_k)
@@ -168,10 +169,19 @@ class Mailbox(MailboxWords):
         )
 
     def rows_of(self, control: Control) -> np.ndarray | None:
-        """int32 [R, 3] start, number of features, last token of a step that has rung; None if they are not its own."""
+        """int32 [R, 4] start, number of features, last token and tag of a step that has rung; None if they are not its
+        own."""
         rows = self.rows[: len(control.requests)].copy()
         fits = (rows[:, 3] == signed(control.number)).all() and (rows[:, :2] >= 0).all()
-        return rows[:, :3] if fits and rows[:, 1].sum(dtype=np.int64) <= self.layout.max_rows else None
+        return rows if fits and rows[:, 1].sum(dtype=np.int64) <= self.layout.max_rows else None
+
+    def row_bytes(self, num_requests: int) -> memoryview:
+        """The rows [R, 4] as they lie."""
+        return self._bytes[self.layout.rows_at :][: 16 * num_requests]
+
+    def feature_bytes(self, num_rows: int) -> memoryview:
+        """The first feature rows as they lie."""
+        return self._bytes[self.layout.features_at :][: num_rows * self.layout.row_bytes]
 
     def is_intact(self, number: int) -> bool:
         """Whether what was read of a step's rows and features is what the GPU wrote for it."""
@@ -197,6 +207,17 @@ class Mailbox(MailboxWords):
         np.copyto(self.tokens[:num_rows, :k], words, where=np.arange(k) < counts[:, None])
         self.count_answer(draft_ns)
         self.release(number)
+        return True
+
+    def answer_words(self, number: int, words: np.ndarray, draft_ns: int) -> bool:
+        """`answer` for token words int64 [R, K], of which those of proposals bear the number of the step."""
+        if is_reached(self.word(REPLY), number):
+            self.set_word(LATE, self.word(LATE) + 1)
+            return False
+        num_rows, k = words.shape
+        self.tokens[:num_rows, :k] = words
+        self.release(number)
+        self.count_answer(draft_ns)
         return True
 
     def count_answer(self, draft_ns: int) -> None:

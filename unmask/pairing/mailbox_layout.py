@@ -60,6 +60,11 @@ class Layout:
         return _pages(self.rows_at + 16 * self.max_requests)
 
     @property
+    def row_bytes(self) -> int:
+        """Of a feature row."""
+        return self.width * self.dtype.itemsize
+
+    @property
     def features_at(self) -> int:
         """Feature rows [T, H], only those that survived verification, request after request."""
         return _pages(self.tokens_at + 8 * self.max_requests * self.max_k)
@@ -67,7 +72,7 @@ class Layout:
     @property
     def num_bytes(self) -> int:
         """Size of the whole."""
-        return _pages(self.features_at + self.max_rows * self.width * self.dtype.itemsize)
+        return _pages(self.features_at + self.max_rows * self.row_bytes)
 
     def pack(self) -> bytes:
         """The header."""

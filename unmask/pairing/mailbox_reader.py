@@ -15,17 +15,15 @@ from unmask.pairing.hello import Hello
 from unmask.pairing.mailbox import Control, Mailbox
 from unmask.pairing.mailbox_target import write_offer
 from unmask.pairing.mailbox_words import ALIVE, CONTROL, DOORBELL, REPLY, SERVING, STEP_MASK, TAKEN, is_reached
-from unmask.pairing.polling import sharpen_timer
-from unmask.pairing.stream_end import StreamEnd
+from unmask.pairing.polling import SHORT_REST_S, Attention, sharpen_timer
 from unmask.pairing.wire import ROW
 
 _LOOK_S = 0.05
 _RING_S = 2.0
 """A target that has announced a step rings within this time, or does without proposals for it."""
 _ATTENTIVE_S = 1.0
-_SHORT_REST_S = 2e-5
 _REST_S = 0.001
-"""Between two polls; the short one while steps come in. A thread that never rested would keep others from running."""
+"""Between two polls while no steps come in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +49,17 @@ class Asked:
     page_hashes: np.ndarray
 
 
+class End(Protocol):
+    """How a step that was queued before it rang comes to its end."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has."""
+
+    def let_go(self, number: int) -> None:
+        """Its target does not ring."""
+
+
 class Proposer(Protocol):
     """What drafts for a mailbox."""
 
@@ -68,14 +77,14 @@ class Proposer(Protocol):
     def propose(self, asked: Asked) -> tuple[np.ndarray, np.ndarray]:
         """Ids [R, K] of a step, and how many of each row are valid [R]; 0 where there are none, for whatever reason."""
 
-    def ahead(self, control: Control, finished: Sequence[int], await_end: Callable[[StreamEnd], float]) -> bool:
+    def ahead(self, control: Control, finished: Sequence[int], await_end: Callable[[End], float]) -> bool:
         """Answer a step that may not have rung yet.
 
         Args:
             control: what is known of it.
             finished: requests that will not be named again.
-            await_end: called once the step has been queued: returns when its stream has come to its end, and the
-                seconds from the doorbell on.
+            await_end: called once the step has been queued: returns when it has come to its end, and the seconds from
+                the doorbell on.
 
         Returns:
             False for a step that is left to `propose`.
@@ -154,10 +163,14 @@ class MailboxService:
         mailbox: the target's.
         proposer: what drafts.
         offers: whether the target has to be told of the draft's projection.
+        attention: how it waits for the doorbell of a step that was queued, and for its end.
     """
 
-    def __init__(self, mailbox: Mailbox, proposer: Proposer, *, offers: bool = True) -> None:
+    def __init__(
+        self, mailbox: Mailbox, proposer: Proposer, *, offers: bool = True, attention: Attention | None = None
+    ) -> None:
         self._mailbox, self._proposer, self._offers = mailbox, proposer, offers
+        self._attention = attention or Attention()
         self._reader: MailboxReader | None = MailboxReader(mailbox)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mailbox", daemon=True)
@@ -199,7 +212,7 @@ class MailboxService:
                 elif self._look():
                     attentive_until = time.monotonic() + _ATTENTIVE_S
                 else:
-                    time.sleep(_SHORT_REST_S if now < attentive_until else _REST_S)
+                    time.sleep(SHORT_REST_S if now < attentive_until else _REST_S)
         finally:
             if not self._proposer.is_elsewhere:
                 self._mailbox.set_word(SERVING, 0)
@@ -222,23 +235,25 @@ class MailboxService:
             self._answer(asked)
         return asked is not None
 
-    def _await_end(self, control: Control) -> Callable[[StreamEnd], float]:
+    def _await_end(self, control: Control) -> Callable[[End], float]:
         """See `Proposer.ahead`: a target that never rings keeps nobody waiting for long."""
 
-        def wait(end: StreamEnd) -> float:
+        def wait(end: End) -> float:
             give_up_at = time.monotonic() + _RING_S
             rung_at = None
+            self._attention.begin()
             while True:
                 self._show_life()
                 now = time.monotonic()
                 if rung_at is None and is_reached(self._mailbox.word(DOORBELL), control.number):
+                    self._attention.came()
                     rung_at = now
                 elif rung_at is None and (now > give_up_at or self._closing.is_set()):
                     end.let_go(control.number)
                     rung_at = now
                 if end.is_done:
                     break
-                time.sleep(_SHORT_REST_S)
+                self._attention.rest()
             return time.monotonic() - (rung_at or now)
 
         return wait

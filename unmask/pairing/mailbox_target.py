@@ -159,6 +159,13 @@ class MailboxTarget:
         mark("taken")
         return tokens if k else torch.full_like(tokens, self._absent)
 
+    def warm_up(self, step: StepTensors) -> None:
+        """Compile what a step launches, on tensors like its own: the first step would hold the GPU meanwhile. Rows that
+        nobody waits for are overwritten."""
+        layout = self._mailbox.layout
+        features = torch.zeros(len(step.positions), layout.width, dtype=layout.dtype, device=step.positions.device)
+        self._pack(step, features, self._step, 1)
+
     def _pack(self, step: StepTensors, features: Tensor, number: int, longest: int) -> None:
         if features.is_cuda:
             from unmask.pairing.packed_rows_triton import pack_rows_on_gpu

@@ -1,12 +1,13 @@
 """Steps that come over the wire, laid into a mailbox of the draft's own host as a target's GPU would lay them.
 
 The draft then serves a target of another host as it serves one of its own: it queues what has been announced, and
-starts when the rows are there.
+starts when the rows are there. They are received where they belong, and the draft's host does nothing else meanwhile.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -16,17 +17,20 @@ import torch
 
 from unmask.errors import WireError
 from unmask.files import private_folder
-from unmask.pairing.announcement import Announcement
+from unmask.pairing.announcement import Announcement, check_rows, encode_tokens, num_feature_rows
+from unmask.pairing.channel import Channel
 from unmask.pairing.local_drafting import LocalDrafting
 from unmask.pairing.mailbox import Control, Mailbox
 from unmask.pairing.mailbox_layout import MAX_HASHES, Layout
 from unmask.pairing.mailbox_reader import MailboxService
 from unmask.pairing.mailbox_words import BEGUN, DOORBELL, REPLY, STEP_MASK, TAKEN, is_reached, signed
-from unmask.pairing.polling import sharpen_timer
+from unmask.pairing.polling import Attention, sharpen_timer
 from unmask.pairing.wire import MAX_MESSAGE_BYTES, MAX_SPECULATIVE_TOKENS, Proposals, Step
 
-_POLL_S = 2e-5
 _LIMIT_S = 30.0
+_SERVICE_REST_S = 2e-4
+"""Of the thread that queues and books steps: it takes no part in a reply."""
+_SENT_S = 0.005
 
 
 class Relay:
@@ -36,13 +40,16 @@ class Relay:
         drafting: what answers them, in the session of the connection; closed with the relay.
         announcement: the first.
         width, dtype: of feature rows.
+        vocab_size: of the tokens.
 
     Raises:
         WireError: the worker announces more than a message holds.
         OSError: no room in shared memory.
     """
 
-    def __init__(self, drafting: LocalDrafting, announcement: Announcement, width: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, drafting: LocalDrafting, announcement: Announcement, width: int, dtype: torch.dtype, vocab_size: int
+    ) -> None:
         self._layout = Layout(
             max_requests=announcement.max_requests,
             max_rows=announcement.max_rows,
@@ -56,16 +63,21 @@ class Relay:
         self._box = Mailbox.create(folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.relay", self._layout)
         # Both ends have it mapped already: nobody else shall find it.
         self._box.remove()
-        self._drafting = drafting
+        self._drafting, self._vocab_size = drafting, vocab_size
         drafting.open(self._box)
-        self._service = MailboxService(self._box, drafting, offers=False)
+        self._replied = threading.Event()
+        # One interpreter runs one thread: what can wait is done when the reply is on its way.
+        drafting.before_booking = lambda: self._replied.wait(_SENT_S)
+        self._service = MailboxService(self._box, drafting, offers=False, attention=Attention(_SERVICE_REST_S))
         self._service.start()
         self._number = self._box.word(REPLY)
         self._announced: Announcement | None = None
+        self._attention = Attention(spins=None)
         sharpen_timer()
 
     def close(self) -> None:
         """Serve nothing more."""
+        self._replied.set()
         self._service.close()
         self._drafting.close()
 
@@ -94,10 +106,42 @@ class Relay:
             )
         )
 
+    def answer_announced(self, channel: Channel, num_bytes: int) -> bytes:
+        """Receive the rows of the step that was announced last.
+
+        Args:
+            channel: a ROWS frame has begun there.
+            num_bytes: of its payload.
+
+        Returns:
+            A TOKENS payload. `reply_sent` is due next.
+
+        Raises:
+            WireError: not what was announced.
+        """
+        announced, box, number = self._announced, self._box, self._number
+        if announced is None:
+            raise WireError("rows of a step that was not announced")
+        num_rows, layout = len(announced.requests), self._layout
+        num_features = num_feature_rows(num_bytes, num_rows, layout.row_bytes)
+        if num_features > layout.max_rows:
+            raise WireError("more feature rows than were announced")
+        box.set_word(BEGUN, number)
+        rows = box.row_bytes(num_rows)
+        channel.read_into(rows)
+        check_rows(rows, num_features, announced.longest, self._vocab_size)
+        box.rows[:num_rows, 3] = signed(number)
+        channel.read_into(box.feature_bytes(num_features))
+        words = self._ring(num_rows, announced.num_speculative_tokens)
+        return encode_tokens(words & STEP_MASK, words >> 32 == signed(number), announced.number)
+
+    def reply_sent(self) -> None:
+        """The reply is on its way: the step may be booked."""
+        self._replied.set()
+
     def answer(self, step: Step) -> Proposals:
-        """Proposals for a step whose rows have come, announced or not. Raises WireError."""
-        if self._announced is None or len(step.page_hashes) or not self._announced.matches(step):
-            self._post(self._announcement_of(step), step)
+        """Proposals for a step that was not announced. `reply_sent` is due next. Raises WireError."""
+        self._post(self._announcement_of(step), step)
         box, number, num_rows = self._box, self._number, len(step.rows)
         if len(step.features) > self._layout.max_rows:
             raise WireError("more feature rows than were announced")
@@ -106,10 +150,7 @@ class Relay:
             box.rows[:num_rows, column] = step.rows[name]
         box.rows[:num_rows, 3] = signed(number)
         box.features[: len(step.features)].copy_(step.features)
-        box.set_word(DOORBELL, number)
-        self._await(REPLY, number)
-        self._announced = None
-        words = box.tokens[:num_rows, : step.num_speculative_tokens]
+        words = self._ring(num_rows, step.num_speculative_tokens)
         valid = np.logical_and.accumulate(words >> 32 == signed(number), axis=1)
         return Proposals(
             draft_version=step.draft_version,
@@ -119,8 +160,17 @@ class Relay:
             tokens=np.where(valid, words & STEP_MASK, 0).astype(np.int32),
         )
 
+    def _ring(self, num_rows: int, k: int) -> np.ndarray:
+        """Let the draft go, and wait: token words [R, K]."""
+        self._replied.clear()
+        self._box.set_word(DOORBELL, self._number)
+        self._await(REPLY, self._number)
+        self._announced = None
+        return self._box.tokens[:num_rows, :k]
+
     def _announcement_of(self, step: Step) -> Announcement:
         return Announcement(
+            number=0,
             draft_version=step.draft_version,
             num_speculative_tokens=step.num_speculative_tokens,
             requests=step.rows["request"],
@@ -140,7 +190,9 @@ class Relay:
 
     def _await(self, word: int, number: int) -> None:
         limit = time.monotonic() + _LIMIT_S
+        self._attention.begin()
         while not is_reached(self._box.word(word), number):
             if time.monotonic() > limit or not self._service.is_alive:
                 raise WireError("the draft has failed")
-            time.sleep(_POLL_S)
+            self._attention.rest()
+        self._attention.came()

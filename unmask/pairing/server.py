@@ -15,40 +15,30 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from unmask.errors import UserError, WireError
+from unmask.errors import WireError
 from unmask.models.dflash import DFlashDraft
-from unmask.pairing.announcement import Announcement, decode_announcement
 from unmask.pairing.batcher import Batcher
 from unmask.pairing.channel import UNIX_PREFIX, Channel, listen
 from unmask.pairing.draft_engine import DraftEngine
+from unmask.pairing.draft_session import DraftSession, last_word
 from unmask.pairing.handshake import authenticate_as_draft
 from unmask.pairing.hello import encode_hello
 from unmask.pairing.local_drafting import LocalDrafting
 from unmask.pairing.mailbox_folder import MailboxFolder
-from unmask.pairing.relay import Relay
 from unmask.pairing.request_log import DraftedRequest
-from unmask.pairing.wire import (
-    MAX_MESSAGE_BYTES,
-    Buffer,
-    Kind,
-    Proposals,
-    decode_step,
-    encode_proposals,
-    encode_refusal,
-)
+from unmask.pairing.wire import Kind, encode_refusal
 from unmask.types import TargetRecord
 
 logger = logging.getLogger(__name__)
 
 _HANDSHAKE_S = 5.0
 _HELLO_S = 60.0
-_SEND_S = 2.0
 _MAX_CONNECTIONS = 256
 
 
@@ -211,12 +201,12 @@ class DraftServer:
                 authenticate_as_draft(channel, self._secret, time.monotonic() + _HANDSHAKE_S)
                 hello = replace(self._engine.hello, takes_announcements=self._relays)
                 channel.send(Kind.HELLO, encode_hello(hello), time.monotonic() + _HELLO_S)
-                with self._session() as session:
-                    self._read_steps(session, channel)
+                with self._session(channel) as session:
+                    session.run()
             except WireError as error:
                 self._refused += 1
                 logger.warning("refused a target worker: %s", error)
-                _last_word(channel, Kind.REFUSAL, encode_refusal(str(error)))
+                last_word(channel, Kind.REFUSAL, encode_refusal(str(error)))
             except OSError as error:
                 logger.debug("a target worker is gone: %s", error)
             finally:
@@ -224,71 +214,28 @@ class DraftServer:
                     self._channels.discard(channel)
 
     @contextmanager
-    def _session(self) -> Iterator[int]:
-        """A session number, whose context is dropped in the end."""
+    def _session(self, channel: Channel) -> Iterator[DraftSession]:
+        """A session, whose context is dropped in the end."""
         with self._lock:
             number = next(self._numbers)
-            self._idle[number] = idle = threading.Event()
-            idle.set()
+            session = DraftSession(
+                number,
+                channel,
+                self._engine,
+                self._batcher,
+                lambda: next(self._numbers),
+                relays=self._relays,
+                is_stopping=lambda: self._stopping,
+            )
+            self._idle[number] = session.idle
         try:
-            yield number
+            yield session
         finally:
             # A step of this session may be under way; the context that it adds must not outlive the session.
-            idle.wait()
+            session.idle.wait()
             self._engine.close_session(number)
             with self._lock:
                 del self._idle[number]
-
-    def _read_steps(self, session: int, channel: Channel) -> None:
-        idle = self._idle[session]
-
-        def answer(reply: Proposals | None) -> None:
-            if reply is None:
-                _last_word(channel, Kind.REPLACED, [])
-            else:
-                _send(channel, reply)
-            idle.set()
-
-        relay, may_relay = None, self._relays
-        with ExitStack() as on_end:
-            while True:
-                kind, payload = channel.receive([Kind.STEP, Kind.ANNOUNCE], MAX_MESSAGE_BYTES)
-                if kind is Kind.ANNOUNCE:
-                    announcement = decode_announcement(payload)
-                    if may_relay and relay is None:
-                        relay = self._new_relay(announcement, session)
-                        may_relay = relay is not None
-                        if relay is not None:
-                            on_end.callback(relay.close)
-                    if relay is not None:
-                        relay.announce(announcement)
-                    continue
-                step = decode_step(payload)
-                self._engine.check(step)
-                idle.clear()
-                if self._stopping:
-                    # `_hang_up` may have run before `clear`: nobody would answer.
-                    idle.set()
-                    return
-                if relay is None:
-                    self._batcher.submit(session, step, answer)
-                    # The step's features are views of the channel's buffer: read on only when they have been used.
-                    idle.wait()
-                    continue
-                try:
-                    answer(relay.answer(step) if step.draft_version == self._engine.version else None)
-                finally:
-                    idle.set()
-
-    def _new_relay(self, announcement: Announcement, session: int) -> Relay | None:
-        """None where there is no room for one: the connection is served without."""
-        weights = self._engine.weights
-        drafting = LocalDrafting(self._engine, self._batcher, lambda: next(self._numbers), session)
-        try:
-            return Relay(drafting, announcement, weights.shape[0], weights.dtype)
-        except (OSError, UserError) as error:
-            logger.warning("announced steps are not queued ahead: %s", error)
-            return None
 
     def _hang_up(self) -> None:
         """End every connection and take no more. Also run when the engine has died: targets shall notice at once."""
@@ -304,22 +251,6 @@ class DraftServer:
             listener.close()
             if self.address.startswith(UNIX_PREFIX):
                 Path(self.address.removeprefix(UNIX_PREFIX)).unlink(missing_ok=True)
-
-
-def _send(channel: Channel, reply: Proposals) -> None:
-    try:
-        channel.send(Kind.PROPOSALS, encode_proposals(reply), time.monotonic() + _SEND_S)
-    except OSError:
-        channel.shutdown()
-
-
-def _last_word(channel: Channel, kind: Kind, parts: Sequence[Buffer]) -> None:
-    """Say a last word."""
-    try:
-        channel.send(kind, parts, time.monotonic() + _SEND_S)
-    except OSError as error:
-        logger.debug("a target worker is gone before it was told so: %s", error)
-    channel.shutdown()
 
 
 if __name__ == "__main__":

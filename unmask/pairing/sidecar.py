@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,11 @@ from unmask.pairing.handover import Handover
 from unmask.pairing.hello import NO_DIGEST, Hello, TargetShape
 from unmask.pairing.link_file import read_link_file
 from unmask.pairing.mailbox import Control, Mailbox
-from unmask.pairing.mailbox_reader import Asked, MailboxService
+from unmask.pairing.mailbox_reader import Asked, End, MailboxService
 from unmask.pairing.mailbox_words import OFFERED
+from unmask.pairing.polling import Attention
 from unmask.pairing.status import LinkStatus, read_status
-from unmask.pairing.stream_end import StreamEnd
+from unmask.pairing.wire_end import WireEnd
 
 
 class Sidecar:
@@ -57,7 +59,7 @@ class Sidecar:
         self._handover.adopt(config.mailbox_folder)
         self._context = self._whose_context()
         self.fleet.begin_epoch(before.get("epoch", 0.0))
-        self._service = MailboxService(box, self)
+        self._service = MailboxService(box, self, attention=Attention(spins=None))
 
     def start(self) -> None:
         """Connect and begin to answer."""
@@ -105,13 +107,15 @@ class Sidecar:
             asked.rows, asked.page_hashes, asked.features, asked.finished, asked.k, asked.draft_version
         )
 
-    def ahead(self, control: Control, finished: Sequence[int], await_end: Callable[[StreamEnd], float]) -> bool:
+    def ahead(self, control: Control, finished: Sequence[int], await_end: Callable[[End], float]) -> bool:
         """See `Proposer.ahead`: what is sent must have been written, but a draft on a GPU can be told of it."""
-        if control.num_hashes is not None:
-            # Requests that begin: their rows have to be there first.
+        hello = self.fleet.hello
+        if control.num_hashes is not None or hello is None or hello.projection.fc.dtype != self._layout.dtype:
+            # Requests that begin: their rows have to be there first. Others are sent as they lie.
             return False
-        self.fleet.announce(
+        k = self.fleet.announce(
             Announcement(
+                number=control.number,
                 draft_version=control.draft_version,
                 num_speculative_tokens=control.num_speculative_tokens,
                 requests=control.requests,
@@ -121,7 +125,15 @@ class Sidecar:
                 max_rows=self._layout.max_rows,
             )
         )
-        return False
+        if not k:
+            return False
+        ask = partial(self.fleet.ask_announced, control, k)
+        end = WireEnd(self._box, control, ask)
+        await_end(end)
+        if not end.is_intact:
+            self.forget()
+        # One that rings after all is sent as any other.
+        return not end.was_let_go
 
     def forget(self) -> None:
         """See `Proposer.forget`."""

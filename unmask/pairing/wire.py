@@ -22,7 +22,7 @@ from torch import Tensor
 from unmask.errors import WireError
 from unmask.types import ProposalRow
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_MESSAGE_BYTES = 512 * 2**20
 """No frame is larger, except the draft's HELLO, whose size the target computes beforehand."""
 MAX_ROWS = 8192
@@ -62,6 +62,8 @@ class Kind(enum.IntEnum):
     REFUSAL = 7
     REPLACED = 8
     ANNOUNCE = 9
+    ROWS = 10
+    TOKENS = 11
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

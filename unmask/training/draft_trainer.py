@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unmask.config import DistillConfig
+from unmask.errors import UserError
 from unmask.models.dflash import DFlashDraft
 from unmask.objectives.confidence import ConfidenceHead, confidence_loss
 from unmask.objectives.drafting import (
@@ -26,6 +27,7 @@ from unmask.training.drafting_forward import DraftingForward, TrainingBlocks, tr
 from unmask.training.feature_cache import FeatureCache
 from unmask.training.head import TrainingHead
 from unmask.training.rates import certainty_weight, learning_rate
+from unmask.training.recorded_step import RecordedStep
 from unmask.training.sequences import Batch
 from unmask.training.step_report import StepReport
 
@@ -67,11 +69,28 @@ class DraftTrainer:
         self.objective = row_objective(config)
         self.decay = decay_weights(draft.config.block_size, config.decay_gamma, self.device)
         trained = [*draft.parameters(), *(confidence.parameters() if confidence is not None else ())]
+        self._rate: float | Tensor = config.learning_rate
+        self._recorded: RecordedStep | None = None
+        if config.cuda_graph:
+            self._recorded = self._new_recording()
         self.optimizer = torch.optim.AdamW(
-            trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+            trained, lr=self._rate, weight_decay=config.weight_decay, fused=True, capturable=config.cuda_graph
         )
         self.average = copy.deepcopy(draft).requires_grad_(False)
         self.steps_done = 0
+
+    def _new_recording(self) -> RecordedStep:
+        """Steps as a graph, whose learning rate and beta are inputs like the blocks and their features."""
+        if self.device.type != "cuda" or self.world_size > 1:
+            raise UserError("needs one worker on a GPU", field="distill.cuda_graph")
+        rate = self._rate = torch.tensor(self.config.learning_rate, device=self.device)
+
+        def run(inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+            *blocks, features, rates = inputs
+            rate.copy_(rates[0])
+            return self._update(TrainingBlocks(*blocks), features, rates[1] if self.config.beta else 0.0)
+
+        return RecordedStep(run, self.device)
 
     def step(self, progress: float) -> StepReport:
         """One optimiser step.
@@ -83,22 +102,37 @@ class DraftTrainer:
             `loss`, `cross_entropy` (the rows' loss), `entropy`, `accuracy` and `acceptance` (of drafted rows),
             `confidence`, `grad_norm`, `learning_rate`. Reading it waits for the device.
         """
-        rate = learning_rate(self.config, progress)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        rate, beta = learning_rate(self.config, progress), certainty_weight(self.config, progress)
         batch = self.sequences.batch(self.sequences.rows(self.steps_done))
         shape = self.draft.config
-        blocks = training_blocks(batch, self._anchors(batch), shape.block_size, shape.mask_token_id).to(self.device)
-        features = self.features.get(batch)
+        blocks = training_blocks(batch, self._anchors(batch), shape.block_size, shape.mask_token_id)
+        if self._recorded is not None:
+            rates = torch.tensor([rate, beta]).pin_memory()
+            scalars = self._recorded([*blocks.pinned(), self.features.get(batch), rates])
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            scalars = self._update(blocks.to(self.device), self.features.get(batch), beta)
+        self.steps_done += 1
+        self._update_average()
+        return StepReport(scalars, {"learning_rate": rate, "beta": beta})
+
+    def _update(self, blocks: TrainingBlocks, features: Tensor, beta: float | Tensor) -> dict[str, Tensor]:
+        """Forward, loss, backward and the optimiser's step, on the device alone."""
         target = self.features.target
         split = target.embedding.shape[1] * len(target.layer_ids)
-        drawn = self.head.rows(torch.Generator(self.device).manual_seed(self._seed()))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            hidden, confidence = self.module(blocks, features[..., :split], target.embedding, packed=batch.packed)
-        beta = certainty_weight(self.config, progress)
+        half = torch.autocast(
+            self.device.type,
+            torch.bfloat16,
+            enabled=self.config.precision == "bfloat16",
+            # Weights that were cast outside of a recording would be missing in it.
+            cache_enabled=self._recorded is None,
+        )
+        with half:
+            packed = self.sequences.tokens_per_step is not None
+            hidden, confidence = self.module(blocks, features[..., :split], target.embedding, packed=packed)
         final = features[..., split:] if self.objective.needs_target else None
-        scalars = self._optimise(hidden, confidence, drawn, final, blocks, beta)
-        return StepReport(scalars, {"learning_rate": rate, "beta": beta})
+        return self._optimise(hidden, confidence, self.head.rows(self._seed()), final, blocks, beta)
 
     def _optimise(
         self,
@@ -107,7 +141,7 @@ class DraftTrainer:
         head_VH: Tensor,
         final_BTH: Tensor | None,
         blocks: TrainingBlocks,
-        beta: float,
+        beta: float | Tensor,
     ) -> dict[str, Tensor]:
         config, labels, valid = self.config, blocks.labels_BMK.flatten(0, 1), blocks.valid_BMK.flatten(0, 1)
         rows = chunked_rows(
@@ -133,8 +167,6 @@ class DraftTrainer:
         loss.backward()
         scalars["grad_norm"] = nn.utils.clip_grad_norm_(self.draft.parameters(), config.grad_clip)
         self.optimizer.step()
-        self.steps_done += 1
-        self._update_average()
         return scalars
 
     def _update_average(self) -> None:
@@ -173,6 +205,9 @@ class DraftTrainer:
         self.draft.load_state_dict(state["draft"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            # The optimiser has taken a copy.
+            group["lr"] = self._rate
         if self.confidence is not None:
             self.confidence.load_state_dict(state["confidence"])
         self.steps_done = state["steps_done"]

@@ -29,11 +29,13 @@ class TrainingBlocks:
     starts_BM: Tensor
     context_positions_BT: Tensor
 
+    def pinned(self) -> list[Tensor]:
+        """The fields in their order, in pinned memory."""
+        return [getattr(self, field.name).pin_memory() for field in fields(self)]
+
     def to(self, device: torch.device) -> TrainingBlocks:
         """Copies on a device, without waiting for it."""
-        parts = (getattr(self, field.name) for field in fields(self))
-        if device.type == "cuda":
-            parts = (part.pin_memory() for part in parts)
+        parts = self.pinned() if device.type == "cuda" else [getattr(self, field.name) for field in fields(self)]
         return TrainingBlocks(*(part.to(device, non_blocking=True) for part in parts))
 
 

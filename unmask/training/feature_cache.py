@@ -36,6 +36,10 @@ class FeatureCache:
         self.max_bytes, self.batch_tokens = max_bytes, batch_tokens
         self.kept: dict[int, Tensor] = {}
         self.bytes = 0
+        self._rows: Tensor | None = None
+        self._starts: dict[int, int] = {}
+        """Where the rows of each sequence that is kept begin in `_rows`, if they are kept on the target's device."""
+        self._used = 0
 
     def warm_up(self) -> int:
         """Fill the cache in batches of sequences of like length; returns the number of sequences kept."""
@@ -55,16 +59,42 @@ class FeatureCache:
     def get(self, batch: Batch) -> Tensor:
         """Features of a batch where its tokens are, zero elsewhere, on the target's device: [B, T, F]."""
         missing = [i for i in batch.indices if i not in self.kept]
+        if self._rows is not None and not missing:
+            return self._gathered(self._rows, batch)
         fresh = dict(zip(missing, self._compute(missing), strict=True)) if missing else {}
         features = [self.kept[i] if i in self.kept else fresh[i] for i in batch.indices]
         return batch.lay_out(features).to(self.target.device, non_blocking=True)
+
+    def _gathered(self, rows: Tensor, batch: Batch) -> Tensor:
+        """The same by one operation, whatever the number of sequences; row 0 is zero."""
+        chosen = torch.zeros(batch.ids_BT.shape, dtype=torch.long)
+        for index, (row, start), length in zip(batch.indices, batch.places, batch.lengths, strict=True):
+            first = self._starts[index]
+            torch.arange(first, first + length, out=chosen[row, start : start + length])
+        if rows.is_cuda:
+            chosen = chosen.pin_memory()
+        return rows[chosen.to(rows.device, non_blocking=True)]
 
     def _keep(self, indices: list[int]) -> None:
         for index, features in zip(indices, self._compute(indices), strict=True):
             size = features.numel() * features.element_size()
             if self.bytes + size <= self.max_bytes:
-                self.kept[index] = features.to(self.keep_on)
+                self.kept[index] = self._stored(index, features)
                 self.bytes += size
+
+    def _stored(self, index: int, features: Tensor) -> Tensor:
+        if self.keep_on.type != self.target.device.type:
+            return features.to(self.keep_on)
+        if self._rows is None:
+            most = self.max_bytes // (features.shape[1] * features.element_size())
+            tokens = sum(len(sequence.ids) for sequence in self.sequences.sequences)
+            self._rows = features.new_zeros(1 + min(tokens, most), features.shape[1])
+            self._used = 1
+        place = self._rows[self._used : self._used + len(features)]
+        place.copy_(features)
+        self._starts[index] = self._used
+        self._used += len(features)
+        return place
 
     def _compute(self, indices: list[int]) -> list[Tensor]:
         batch = self.sequences.padded(indices)

@@ -34,10 +34,11 @@ class TrainingHead:
         self.slot[self.fixed] = torch.arange(len(self.fixed), device=lm_head_VH.device)
         self.fixed_rows = lm_head_VH[self.fixed]
 
-    def rows(self, generator: torch.Generator) -> Tensor:
-        """Head rows [V', H] of this step."""
+    def rows(self, seed: int) -> Tensor:
+        """Head rows [V', H] of a step, its negatives drawn by a seed."""
         if self.num_negatives is None:
             return self.lm_head
+        generator = torch.Generator(self.others.device).manual_seed(seed)
         drawn = torch.randint(len(self.others), (self.num_negatives,), generator=generator, device=self.others.device)
         return torch.cat([self.fixed_rows, self.lm_head[self.others[drawn]]])
 
