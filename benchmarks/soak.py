@@ -109,6 +109,14 @@ def _leave(http: httpx.Client, prompt: str) -> None:
         next(response.iter_raw())
 
 
+def latency_of_thirds(replies: list[Reply]) -> list[dict[str, float]]:
+    """Seconds of a whole answer in the first, the second and the last third."""
+    ordered = sorted(replies, key=lambda reply: reply.begun)
+    third = len(ordered) // 3
+    parts = [[reply.total_s for reply in ordered[i * third : (i + 1) * third]] for i in range(3)]
+    return [{f"p{share}": round(percentile(part, share / 100), 4) for share in (50, 90, 95, 99)} for part in parts]
+
+
 def findings(stage: Stage, replies: list[Reply], before: Census, after: Census) -> list[Finding]:
     """What drifted and what is left."""
     ordered = sorted(replies, key=lambda reply: reply.begun)
@@ -151,7 +159,13 @@ def main() -> None:
         stage.service.shutdown()
     share = f"{100 * arguments.share:.0f} % of {most:.1f} requests/s"
     scale = f"{arguments.minutes:g} minutes at {share}, {len(replies)} answers"
-    figures = {"scale": scale, "before": asdict(before), "after": asdict(after), "findings": [asdict(f) for f in found]}
+    figures = {
+        "scale": scale,
+        "before": asdict(before),
+        "after": asdict(after),
+        "latency": latency_of_thirds(replies),
+        "findings": [asdict(f) for f in found],
+    }
     print(json.dumps(figures, indent=2))
     if arguments.out:
         arguments.out.write_text(json.dumps(figures, indent=2) + "\n")

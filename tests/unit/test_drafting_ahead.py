@@ -16,8 +16,8 @@ from tests.mailbox_tools import LAYOUT, ImaginedTarget, TargetStep
 from tests.pairing_tools import HIDDEN, LAYER_IDS, eventually, raw_features
 from unmask.pairing import draft_session
 from unmask.pairing.handover import Handover
-from unmask.pairing.mailbox import Mailbox
-from unmask.pairing.mailbox_words import DOORBELL, LATE, REPLY
+from unmask.pairing.mailbox import Control, Mailbox
+from unmask.pairing.mailbox_words import DOORBELL, LATE, REPLY, STEP_MASK
 from unmask.pairing.packed_rows import StepTensors
 from unmask.pairing.page_hashes import hash_pages
 
@@ -87,17 +87,54 @@ def test_a_request_that_went_back_is_left_to_the_engine_and_served_again(pair) -
     assert pair.engine.ahead_steps == queued + 2
 
 
-def test_others_who_ask_end_it(pair) -> None:
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_only_a_target_that_is_alone_keeps_the_engine_while_it_does_not_ring(pair, is_alone: bool) -> None:
     imagined = ImaginedTarget(seed=2, num_slots=1)
     one_step(imagined, pair)
     one_step(imagined, pair)
     queued = pair.engine.ahead_steps
-    pair.batcher._asked_at[99] = time.monotonic()
-    one_step(imagined, pair)
-    assert pair.engine.ahead_steps == queued
-    pair.batcher._asked_at.pop(99)
+    if not is_alone:
+        pair.batcher._asked_at[99] = time.monotonic() + 60
     one_step(imagined, pair)
     assert pair.engine.ahead_steps == queued + 1
+    number = (pair.mailbox.word(DOORBELL) + 1) & STEP_MASK
+    known = np.array([pair.target._numbers.of(name) for name in imagined.reached], dtype=np.uint64)
+    pair.mailbox.post(
+        Control(
+            number=number,
+            num_speculative_tokens=K,
+            draft_version=pair.engine.version,
+            requests=known,
+            finished=np.empty(0, dtype=np.uint64),
+            longest=2,
+        )
+    )
+    try:
+        if is_alone:
+            eventually(pair.engine._lock.locked)
+        else:
+            time.sleep(0.05)
+            assert not pair.engine._lock.locked()
+    finally:
+        pair.mailbox.set_word(DOORBELL, number)
+
+
+def test_what_rings_while_the_engine_is_busy_is_batched(pair) -> None:
+    imagined = ImaginedTarget(seed=2, num_slots=1)
+    one_step(imagined, pair)
+    one_step(imagined, pair)
+    queued = pair.engine.ahead_steps
+    pair.batcher._asked_at[99] = time.monotonic() + 60
+    step, tokens = imagined.step(), []
+    with pair.engine._lock:
+        asker = threading.Thread(target=lambda: tokens.extend(pair.ask(step, K)))
+        asker.start()
+        eventually(lambda: not pair.batcher._arrived.empty() or pair.batcher._asked_at.keys() - {99})
+        time.sleep(0.05)
+        assert not tokens
+    asker.join()
+    assert tokens == pair.ask_twin(step, K)
+    assert pair.engine.ahead_steps == queued
 
 
 def test_a_step_that_was_released_before_its_reply_counts_as_late(pair) -> None:

@@ -152,7 +152,7 @@ class DraftEngine:
 
     @contextmanager
     def ahead(
-        self, session: int, control: Control, finished: Sequence[int], end: StreamEnd
+        self, session: int, control: Control, finished: Sequence[int], end: StreamEnd, *, waits: bool = True
     ) -> Iterator[AheadStep | None]:
         """Queue a step before its rows are known. The engine is this step's until the block ends.
 
@@ -163,11 +163,15 @@ class DraftEngine:
             control: the step.
             finished: requests that will not be named again.
             end: the mailbox's.
+            waits: whether to wait for a step that is under way.
 
         Yields:
             None for a step that is left to `step`.
         """
-        with self._lock:
+        if not self._lock.acquire(blocking=waits):
+            yield None
+            return
+        try:
             for request in finished:
                 self._cache.tables.free((session, request))
             blocks = self._blocks
@@ -175,6 +179,8 @@ class DraftEngine:
                 yield None
                 return
             yield AheadStep.queue(blocks, self._cache, self._draft.config, session, control, end)
+        finally:
+            self._lock.release()
 
     @property
     def runs_ahead(self) -> bool:

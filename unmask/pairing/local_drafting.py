@@ -15,7 +15,7 @@ from unmask.pairing.batcher import Batcher
 from unmask.pairing.draft_engine import DraftEngine
 from unmask.pairing.hello import Hello
 from unmask.pairing.mailbox import Control, Mailbox
-from unmask.pairing.mailbox_reader import Asked, End, no_proposals
+from unmask.pairing.mailbox_reader import Asked, Watch, no_proposals
 from unmask.pairing.mailbox_words import LATE, REPLY
 from unmask.pairing.stream_end import StreamEnd
 from unmask.pairing.stream_words import HostWords, PinnedMailbox
@@ -95,17 +95,21 @@ class LocalDrafting:
             return
         self._end = end
 
-    def ahead(self, control: Control, finished: Sequence[int], await_end: Callable[[End], float]) -> bool:
-        """See `Proposer.ahead`."""
+    def ahead(self, control: Control, finished: Sequence[int], watch: Watch) -> bool:
+        """See `Proposer.ahead`. The step of a target that is alone is queued behind its doorbell; with several, a wait
+        for one must not hold up the others, and what rings while the engine is busy is batched."""
         end, is_careful = self._end, self._is_careful
         self._is_careful = False
-        if end is None or is_careful or not self._batcher.is_alone(self._session):
+        if end is None or is_careful:
+            return False
+        is_alone = self._batcher.is_alone(self._session)
+        if not is_alone and not watch.until_rung():
             return False
         try:
-            with self._engine.ahead(self._session, control, finished, end) as step:
+            with self._engine.ahead(self._session, control, finished, end, waits=is_alone) as step:
                 if step is None:
                     return False
-                took = await_end(end)
+                took = watch.until_done(end)
                 self.before_booking()
                 seen = end.seen(control.number, len(control.requests))
                 booking = self._engine.book(step, seen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,6 +60,16 @@ class End(Protocol):
         """Its target does not ring."""
 
 
+class Watch(Protocol):
+    """The waits of a step that was announced: a target that never rings keeps nobody for long."""
+
+    def until_rung(self) -> bool:
+        """Wait for the doorbell; False if the step is not to be waited for any more."""
+
+    def until_done(self, end: End) -> float:
+        """Wait until a step that was queued has come to its end; the seconds from the doorbell on."""
+
+
 class Proposer(Protocol):
     """What drafts for a mailbox."""
 
@@ -77,14 +87,13 @@ class Proposer(Protocol):
     def propose(self, asked: Asked) -> tuple[np.ndarray, np.ndarray]:
         """Ids [R, K] of a step, and how many of each row are valid [R]; 0 where there are none, for whatever reason."""
 
-    def ahead(self, control: Control, finished: Sequence[int], await_end: Callable[[End], float]) -> bool:
+    def ahead(self, control: Control, finished: Sequence[int], watch: Watch) -> bool:
         """Answer a step that may not have rung yet.
 
         Args:
             control: what is known of it.
             finished: requests that will not be named again.
-            await_end: called once the step has been queued: returns when it has come to its end, and the seconds from
-                the doorbell on.
+            watch: its waits.
 
         Returns:
             False for a step that is left to `propose`.
@@ -169,8 +178,8 @@ class MailboxService:
     def __init__(
         self, mailbox: Mailbox, proposer: Proposer, *, offers: bool = True, attention: Attention | None = None
     ) -> None:
-        self._mailbox, self._proposer, self._offers = mailbox, proposer, offers
-        self._attention = attention or Attention()
+        self.mailbox, self._proposer, self._offers = mailbox, proposer, offers
+        self.attention = attention or Attention()
         self._reader: MailboxReader | None = MailboxReader(mailbox)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mailbox", daemon=True)
@@ -189,6 +198,11 @@ class MailboxService:
         """Whether it answers."""
         return self._thread.is_alive()
 
+    @property
+    def is_closing(self) -> bool:
+        """Whether nothing more shall be answered."""
+        return self._closing.is_set()
+
     def close(self) -> None:
         """Answer nothing more; the target is told."""
         self._closing.set()
@@ -200,7 +214,7 @@ class MailboxService:
         try:
             while not self._closing.is_set():
                 if not self._proposer.is_elsewhere:
-                    self._show_life()
+                    self.show_life()
                 now = time.monotonic()
                 if self._offers and now >= look_at:
                     self._proposer.look_around()
@@ -215,18 +229,18 @@ class MailboxService:
                     time.sleep(SHORT_REST_S if now < attentive_until else _REST_S)
         finally:
             if not self._proposer.is_elsewhere:
-                self._mailbox.set_word(SERVING, 0)
+                self.mailbox.set_word(SERVING, 0)
 
     def _look(self) -> bool:
         """Answer the next step, if there is one."""
-        reader = self._reader = self._reader or MailboxReader(self._mailbox)
+        reader = self._reader = self._reader or MailboxReader(self.mailbox)
         control = reader.announced()
         if control is None:
             return False
         if control.number != self._tried:
             self._tried = control.number
-            is_open = not is_reached(self._mailbox.word(REPLY), control.number)
-            if is_open and self._proposer.ahead(control, reader.finished(control), self._await_end(control)):
+            is_open = not is_reached(self.mailbox.word(REPLY), control.number)
+            if is_open and self._proposer.ahead(control, reader.finished(control), _StepWatch(self, control.number)):
                 reader.advance(control)
                 self.answered += 1
                 return True
@@ -235,32 +249,10 @@ class MailboxService:
             self._answer(asked)
         return asked is not None
 
-    def _await_end(self, control: Control) -> Callable[[End], float]:
-        """See `Proposer.ahead`: a target that never rings keeps nobody waiting for long."""
-
-        def wait(end: End) -> float:
-            give_up_at = time.monotonic() + _RING_S
-            rung_at = None
-            self._attention.begin()
-            while True:
-                self._show_life()
-                now = time.monotonic()
-                if rung_at is None and is_reached(self._mailbox.word(DOORBELL), control.number):
-                    self._attention.came()
-                    rung_at = now
-                elif rung_at is None and (now > give_up_at or self._closing.is_set()):
-                    end.let_go(control.number)
-                    rung_at = now
-                if end.is_done:
-                    break
-                self._attention.rest()
-            return time.monotonic() - (rung_at or now)
-
-        return wait
-
-    def _show_life(self) -> None:
+    def show_life(self) -> None:
+        """Let the watchdog know that the mailbox is looked at."""
         self._polls += 1
-        self._mailbox.set_long_word(ALIVE, self._polls)
+        self.mailbox.set_long_word(ALIVE, self._polls)
 
     def _offer(self) -> None:
         """Let the target know which draft it can ask."""
@@ -270,18 +262,58 @@ class MailboxService:
         hello = self._proposer.hello
         version = hello.draft_version if hello else None
         if hello is not None and version != self._offered:
-            write_offer(self._mailbox, hello)
+            write_offer(self.mailbox, hello)
         self._offered = version
-        self._mailbox.set_word(SERVING, hello is not None)
+        self.mailbox.set_word(SERVING, hello is not None)
 
     def _answer(self, asked: Asked) -> None:
         started = time.perf_counter_ns()
         tokens, counts = self._proposer.propose(asked)
-        if not self._mailbox.is_intact(asked.number):
+        if not self.mailbox.is_intact(asked.number):
             self._proposer.forget()
             return
-        if self._mailbox.answer(asked.number, tokens, counts, time.perf_counter_ns() - started):
+        if self.mailbox.answer(asked.number, tokens, counts, time.perf_counter_ns() - started):
             self.answered += 1
+
+
+class _StepWatch:
+    """See `Watch`."""
+
+    def __init__(self, service: MailboxService, number: int) -> None:
+        self._service, self._number = service, number
+        self._give_up_at = time.monotonic() + _RING_S
+        self._rung_at: float | None = None
+        service.attention.begin()
+
+    def until_rung(self) -> bool:
+        """See `Watch.until_rung`."""
+        while not self._look():
+            if self._is_over():
+                return False
+            self._service.attention.rest()
+        return True
+
+    def until_done(self, end: End) -> float:
+        """See `Watch.until_done`."""
+        is_let_go = False
+        while True:
+            if not self._look() and not is_let_go and self._is_over():
+                end.let_go(self._number)
+                is_let_go, self._rung_at = True, time.monotonic()
+            if end.is_done:
+                return time.monotonic() - (self._rung_at or time.monotonic())
+            self._service.attention.rest()
+
+    def _look(self) -> bool:
+        """Whether it has rung."""
+        self._service.show_life()
+        if self._rung_at is None and is_reached(self._service.mailbox.word(DOORBELL), self._number):
+            self._service.attention.came()
+            self._rung_at = time.monotonic()
+        return self._rung_at is not None
+
+    def _is_over(self) -> bool:
+        return time.monotonic() > self._give_up_at or self._service.is_closing
 
 
 def no_proposals(asked: Asked) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from unmask.pairing.handover import Handover
 from unmask.pairing.hello import NO_DIGEST, Hello, TargetShape
 from unmask.pairing.link_file import read_link_file
 from unmask.pairing.mailbox import Control, Mailbox
-from unmask.pairing.mailbox_reader import Asked, End, MailboxService
+from unmask.pairing.mailbox_reader import Asked, MailboxService, Watch
 from unmask.pairing.mailbox_words import OFFERED
 from unmask.pairing.polling import Attention
 from unmask.pairing.status import LinkStatus, read_status
@@ -107,7 +107,7 @@ class Sidecar:
             asked.rows, asked.page_hashes, asked.features, asked.finished, asked.k, asked.draft_version
         )
 
-    def ahead(self, control: Control, finished: Sequence[int], await_end: Callable[[End], float]) -> bool:
+    def ahead(self, control: Control, finished: Sequence[int], watch: Watch) -> bool:
         """See `Proposer.ahead`: what is sent must have been written, but a draft on a GPU can be told of it."""
         hello = self.fleet.hello
         if control.num_hashes is not None or hello is None or hello.projection.fc.dtype != self._layout.dtype:
@@ -129,7 +129,7 @@ class Sidecar:
             return False
         ask = partial(self.fleet.ask_announced, control, k)
         end = WireEnd(self._box, control, ask)
-        await_end(end)
+        watch.until_done(end)
         if not end.is_intact:
             self.forget()
         # One that rings after all is sent as any other.

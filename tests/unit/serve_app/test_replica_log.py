@@ -10,22 +10,22 @@ from pathlib import Path
 
 import pytest
 
+from serve_app import replica_log
 from serve_app.replica_log import join_replica_log
 
 
 @pytest.fixture
 def serve_log(tmp_path) -> Iterator[Path]:
     """A log as Serve sets it up in a replica: a buffer in front of a file."""
-    logger, path = logging.getLogger("ray.serve"), tmp_path / "replica.log"
-    before = logger.handlers, logger.level, logger.propagate
-    ours = {name: (logging.getLogger(name).handlers, logging.getLogger(name).propagate) for name in ("unmask",)}
+    loggers = [logging.getLogger(name) for name in ("ray.serve", *replica_log._OURS)]
+    before = [(logger, logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    path = tmp_path / "replica.log"
     file = logging.handlers.RotatingFileHandler(path)
-    logger.handlers = [logging.handlers.MemoryHandler(1, target=file)]
-    logger.setLevel(logging.INFO)
+    loggers[0].handlers = [logging.handlers.MemoryHandler(1, target=file)]
+    loggers[0].setLevel(logging.INFO)
     yield path
-    logger.handlers, logger.level, logger.propagate = before
-    for name, (handlers, propagate) in ours.items():
-        logging.getLogger(name).handlers, logging.getLogger(name).propagate = handlers, propagate
+    for logger, handlers, level, propagate in before:
+        logger.handlers, logger.level, logger.propagate = handlers, level, propagate
     file.close()
 
 
@@ -39,7 +39,8 @@ def test_a_replica_keeps_its_log_when_logging_is_configured_anew(serve_log) -> N
     join_replica_log()
     logging.getLogger("ray.serve").info("before")
     logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})
-    [handler] = logging.getLogger("ray.serve").handlers
+    handlers = logging.getLogger("ray.serve").handlers
+    [handler] = [h for h in handlers if isinstance(h, logging.handlers.MemoryHandler)]
     # What Serve's controller asks for when it recovers.
     assert handler.target.baseFilename == str(serve_log)
     logging.getLogger("ray.serve").info("after")
