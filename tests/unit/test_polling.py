@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from unmask.pairing import polling
-from unmask.pairing.polling import Attention
+from unmask.pairing.polling import Attention, usable_cores
+
+
+def test_a_containers_limit_counts(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(polling.os, "sched_getaffinity", lambda _: range(64))
+    limit = tmp_path / "cpu.max"
+    assert usable_cores(limit) == 64
+    for text, cores in (("max 100000\n", 64), ("250000 100000\n", 2.5), ("9900000 100000\n", 64), ("", 64)):
+        limit.write_text(text)
+        assert usable_cores(limit) == cores
 
 
 class Clock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
+from pathlib import Path
 
 _PR_SET_TIMERSLACK = 29
 _MANY_CORES = 8
@@ -20,6 +21,17 @@ def sharpen_timer() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(1), 0, 0, 0)
 
 
+def usable_cores(limit_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
+    """Cores that this process may use, by its affinity and by the limit of its container."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = limit_file.read_text().split()
+        return min(cores, int(quota) / int(period))
+    except (OSError, ValueError):
+        # No cgroup, none of the second version, or "max".
+        return cores
+
+
 class Attention:
     """Waits for what comes about as late as it did before: rests at first, and looks without rest when it is due.
 
@@ -32,7 +44,7 @@ class Attention:
 
     def __init__(self, rest_s: float = SHORT_REST_S, *, spins: bool | None = False) -> None:
         self._rest_s = rest_s
-        self._spins = len(os.sched_getaffinity(0)) >= _MANY_CORES if spins is None else spins
+        self._spins = usable_cores() >= _MANY_CORES if spins is None else spins
         self._usual_s = 0.0
         self._begun = 0.0
 

@@ -183,6 +183,8 @@ class Relay:
     def _let_go(self) -> None:
         """End a step that was announced and has not come: without rows of its own it is answered with nothing."""
         if self._announced is not None:
+            # Begun as any other: for features of a step that is not, all context would be dropped.
+            self._box.set_word(BEGUN, self._number)
             self._box.set_word(DOORBELL, self._number)
             self._await(TAKEN, self._number)
             self._box.release(self._number)
