@@ -55,9 +55,9 @@ def step_of(engine: DraftEngine, number: int, rows: list[tuple[int, int, int, in
     )
 
 
-def laid_rows(step: Step) -> np.ndarray:
+def laid_rows(step: Step, tag: int) -> np.ndarray:
     """int32 [R, 4] as a target's GPU lays them, with a tag of its own."""
-    rows = np.full((len(step.rows), 4), 77, dtype=np.int32)
+    rows = np.full((len(step.rows), 4), tag, dtype=np.int32)
     for column, name in enumerate(("start", "num_features", "last_token")):
         rows[:, column] = step.rows[name]
     return rows
@@ -90,8 +90,8 @@ class Relayed:
         eventually(lambda: self.engine.resident_pages == self.twin.resident_pages)
         eventually(lambda: self.engine.proposals_with_gap == self.twin.proposals_with_gap)
 
-    def send_rows(self, step: Step) -> np.ndarray:
-        self.theirs.send(Kind.ROWS, [laid_rows(step).data, tensor_bytes(step.features)])
+    def send_rows(self, step: Step, tag: int = 77) -> np.ndarray:
+        self.theirs.send(Kind.ROWS, [laid_rows(step, tag).data, tensor_bytes(step.features)])
         _, num_bytes = self.channel.begin([Kind.ROWS], MAX_MESSAGE_BYTES)
         payload = self.relay.answer_announced(self.channel, num_bytes)
         self.relay.reply_sent()
@@ -168,6 +168,10 @@ def test_more_than_was_announced_is_refused(relayed) -> None:
     ],
 )
 def test_rows_that_are_not_what_was_announced_are_refused(relayed, rows, message: str) -> None:
-    relayed.relay.announce(announced(relayed.engine, [7]))
+    relay = relayed.relay
+    relay.announce(announced(relayed.engine, [7]))
+    before = relay._box.rows.copy()
+    # With the number that the mailbox would believe.
     with pytest.raises(WireError, match=message):
-        relayed.send_rows(step_of(relayed.engine, 1, rows))
+        relayed.send_rows(step_of(relayed.engine, 1, rows), tag=relay._number)
+    assert (relay._box.rows == before).all()

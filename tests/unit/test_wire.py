@@ -265,3 +265,14 @@ def test_rows_are_what_was_announced(row: tuple[int, int, int], message: str | N
         return
     with pytest.raises(WireError, match=message):
         check_rows(rows.data.cast("B"), 6, longest=4, vocab_size=10)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"max_requests": 0}, {"max_rows": 0}, {"longest": 9}, {"num_speculative_tokens": 0}]
+)
+def test_an_announcement_of_the_impossible_is_refused(changes: dict[str, int]) -> None:
+    sizes = {"num_speculative_tokens": 3, "longest": 0, "max_requests": 1, "max_rows": 8}
+    none = np.empty(0, dtype=np.uint64)
+    announcement = Announcement(number=1, draft_version=1, **(sizes | changes), requests=none, finished=none)
+    with pytest.raises(WireError, match="an ANNOUNCE message of"):
+        decode_announcement(joined(encode_announcement(announcement)))

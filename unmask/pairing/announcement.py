@@ -64,7 +64,8 @@ def decode_announcement(payload: Buffer) -> Announcement:
     version, num_rows, num_finished, longest, max_requests, max_rows, number, k = _ANNOUNCE.unpack_from(payload)
     if len(payload) != _ANNOUNCE.size + 8 * (num_rows + num_finished):
         raise WireError("the size of an ANNOUNCE message does not match its fields")
-    if not 1 <= k <= MAX_SPECULATIVE_TOKENS or not num_rows <= max_requests <= MAX_ROWS or not longest <= max_rows:
+    is_possible = 1 <= max_requests <= MAX_ROWS and num_rows <= max_requests and max(longest, 1) <= max_rows
+    if not 1 <= k <= MAX_SPECULATIVE_TOKENS or not is_possible:
         raise WireError(f"an ANNOUNCE message of {num_rows} rows of {max_requests}, K = {k}")
     numbers = np.frombuffer(payload, dtype="<u8", offset=_ANNOUNCE.size).copy()
     if len(np.unique(numbers[:num_rows])) != num_rows:

@@ -109,6 +109,8 @@ class Channel:
         if attention is not None:
             attention.begin()
             while attention.is_close and not self._unread and not self._poller.poll(0):
+                if deadline is not None and time.monotonic() > deadline:
+                    break
                 attention.rest()
         header = self.read(FRAME_BYTES, deadline)
         if attention is not None:

@@ -67,6 +67,7 @@ class DraftLink:
         self._max_k = num_speculative_tokens
         self._device = torch.device(device)
         self._connection: DraftConnection | None = None
+        self._announced_to: DraftConnection | None = None
         self._config: LinkConfig | None = None
         self._stamp: tuple[int, int] | None = None
         self._failed_steps = 0
@@ -192,6 +193,7 @@ class DraftLink:
             except OSError as error:
                 self._fail_step(error)
                 return 0
+            self._announced_to = connection
         return k
 
     def ask_announced(
@@ -208,13 +210,18 @@ class DraftLink:
         Returns:
             False without proposals.
         """
-        proposals = self._exchange(
-            control.draft_version, k, lambda c, _, end: c.exchange_announced(control, k, parts, deliver, deadline=end)
-        )
-        return proposals is not None
+        announced_to, self._announced_to = self._announced_to, None
+
+        def ask(connection: DraftConnection, _: int, deadline: float) -> Proposals | None:
+            if connection is not announced_to:
+                # The link has been made anew, to a draft that knows nothing of the step.
+                return None
+            return connection.exchange_announced(control, k, parts, deliver, deadline=deadline)
+
+        return self._exchange(control.draft_version, k, ask) is not None
 
     def _exchange(
-        self, version: int | None, k: int | None, ask: Callable[[DraftConnection, int, float], Proposals]
+        self, version: int | None, k: int | None, ask: Callable[[DraftConnection, int, float], Proposals | None]
     ) -> Proposals | None:
         """One step within the deadline; None if there is no draft (of this version), or it fails."""
         with self._lock:
@@ -233,8 +240,9 @@ class DraftLink:
             except (OSError, WireError) as error:
                 self._fail_step(error)
                 return None
-            self._failed_steps = 0
-            self._count(self._connection, proposals, time.monotonic() - started)
+            if proposals is not None:
+                self._failed_steps = 0
+                self._count(self._connection, proposals, time.monotonic() - started)
         return proposals
 
     def _keep_connected(self) -> None:

@@ -29,6 +29,9 @@ from unmask.pairing.stream_end import SeenStep, StreamEnd
 from unmask.pairing.wire import Proposals, Step
 from unmask.types import TargetRecord
 
+_MAX_POSITION = 2**31 - 1
+"""What a mailbox can say."""
+
 
 class DraftEngine:
     """A draft with the context of every request of every session.
@@ -128,6 +131,8 @@ class DraftEngine:
         if len(step.rows) and int(step.rows["last_token"].max()) >= config.vocab_size:
             raise WireError("an anchor outside the vocabulary")
         ends = step.rows["start"].astype(np.int64) + step.rows["num_features"]
+        if len(ends) and int(ends.max()) > _MAX_POSITION:
+            raise WireError("a row beyond every sequence")
         if (step.rows["num_hashes"] > ends // self._page_size).any():
             raise WireError("more page hashes than full pages")
 

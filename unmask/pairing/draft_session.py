@@ -114,6 +114,8 @@ class DraftSession:
             return
         with self._serving():
             if announced.draft_version != self._engine.version:
+                # Read to the end: who hangs up before may take the word back that it is saying.
+                self._channel.read(num_bytes)
                 last_word(self._channel, Kind.REPLACED, [])
                 return
             self._send(Kind.TOKENS, [relay.answer_announced(self._channel, num_bytes)])

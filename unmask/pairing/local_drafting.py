@@ -46,7 +46,7 @@ class LocalDrafting:
         self._end: StreamEnd | None = None
         self._is_careful = False
         """Rows of the last step could not be served ahead: the next one is left to the engine's own rules."""
-        self.before_booking: Callable[[], object] = lambda: None
+        self.before_booking: Callable[[int], None] = lambda number: None
         """Called when a step that was queued has been answered and is about to be booked."""
 
     is_elsewhere = False
@@ -110,7 +110,7 @@ class LocalDrafting:
                 if step is None:
                     return False
                 took = watch.until_done(end)
-                self.before_booking()
+                self.before_booking(control.number)
                 seen = end.seen(control.number, len(control.requests))
                 booking = self._engine.book(step, seen)
         except Exception:

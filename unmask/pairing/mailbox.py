@@ -110,7 +110,11 @@ class Mailbox(MailboxWords):
             file.write(layout.pack())
             file.flush()
             fcntl.flock(file, fcntl.LOCK_EX)
-        mailbox = cls(path)
+        try:
+            mailbox = cls(path)
+        except BaseException:
+            remove_files(Path(path))
+            raise
         mailbox._owned = file
         return mailbox
 

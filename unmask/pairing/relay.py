@@ -7,7 +7,6 @@ starts when the rows are there. They are received where they belong, and the dra
 from __future__ import annotations
 
 import os
-import threading
 import time
 import uuid
 from pathlib import Path
@@ -17,14 +16,14 @@ import torch
 
 from unmask.errors import WireError
 from unmask.files import private_folder
-from unmask.pairing.announcement import Announcement, check_rows, encode_tokens, num_feature_rows
+from unmask.pairing.announcement import ROW_BYTES, Announcement, check_rows, encode_tokens, num_feature_rows
 from unmask.pairing.channel import Channel
 from unmask.pairing.local_drafting import LocalDrafting
 from unmask.pairing.mailbox import Control, Mailbox
 from unmask.pairing.mailbox_layout import MAX_HASHES, Layout
 from unmask.pairing.mailbox_reader import MailboxService
 from unmask.pairing.mailbox_words import BEGUN, DOORBELL, REPLY, STEP_MASK, TAKEN, is_reached, signed
-from unmask.pairing.polling import Attention, sharpen_timer
+from unmask.pairing.polling import SHORT_REST_S, Attention, sharpen_timer
 from unmask.pairing.wire import MAX_MESSAGE_BYTES, MAX_SPECULATIVE_TOKENS, Proposals, Step
 
 _LIMIT_S = 30.0
@@ -65,9 +64,9 @@ class Relay:
         self._box.remove()
         self._drafting, self._vocab_size = drafting, vocab_size
         drafting.open(self._box)
-        self._replied = threading.Event()
-        # One interpreter runs one thread: what can wait is done when the reply is on its way.
-        drafting.before_booking = lambda: self._replied.wait(_SENT_S)
+        self._sent = self._box.word(REPLY)
+        """The last step whose reply is on its way."""
+        drafting.before_booking = self._await_sent
         self._service = MailboxService(self._box, drafting, offers=False, attention=Attention(_SERVICE_REST_S))
         self._service.start()
         self._number = self._box.word(REPLY)
@@ -77,7 +76,7 @@ class Relay:
 
     def close(self) -> None:
         """Serve nothing more."""
-        self._replied.set()
+        self._sent = self._number
         self._service.close()
         self._drafting.close()
 
@@ -126,10 +125,11 @@ class Relay:
         num_features = num_feature_rows(num_bytes, num_rows, layout.row_bytes)
         if num_features > layout.max_rows:
             raise WireError("more feature rows than were announced")
-        box.set_word(BEGUN, number)
-        rows = box.row_bytes(num_rows)
-        channel.read_into(rows)
+        # Checked before any of it lies in the mailbox, whose rows a GPU believes if they bear the right number.
+        rows = channel.read(ROW_BYTES * num_rows)
         check_rows(rows, num_features, announced.longest, self._vocab_size)
+        box.set_word(BEGUN, number)
+        box.rows[:num_rows] = np.frombuffer(rows, dtype="<i4").reshape(-1, 4)
         box.rows[:num_rows, 3] = signed(number)
         channel.read_into(box.feature_bytes(num_features))
         words = self._ring(num_rows, announced.num_speculative_tokens)
@@ -137,7 +137,13 @@ class Relay:
 
     def reply_sent(self) -> None:
         """The reply is on its way: the step may be booked."""
-        self._replied.set()
+        self._sent = self._number
+
+    def _await_sent(self, number: int) -> None:
+        """One interpreter runs one thread: what can wait is done when the reply is on its way."""
+        limit = time.monotonic() + _SENT_S
+        while not is_reached(self._sent, number) and time.monotonic() < limit:
+            time.sleep(SHORT_REST_S)
 
     def answer(self, step: Step) -> Proposals:
         """Proposals for a step that was not announced. `reply_sent` is due next. Raises WireError."""
@@ -162,7 +168,6 @@ class Relay:
 
     def _ring(self, num_rows: int, k: int) -> np.ndarray:
         """Let the draft go, and wait: token words [R, K]."""
-        self._replied.clear()
         self._box.set_word(DOORBELL, self._number)
         self._await(REPLY, self._number)
         self._announced = None
@@ -185,6 +190,7 @@ class Relay:
         if self._announced is not None:
             # Begun as any other: for features of a step that is not, all context would be dropped.
             self._box.set_word(BEGUN, self._number)
+            self._sent = self._number
             self._box.set_word(DOORBELL, self._number)
             self._await(TAKEN, self._number)
             self._box.release(self._number)

@@ -83,6 +83,10 @@ class DraftTrainer:
         """Steps as a graph, whose learning rate and beta are inputs like the blocks and their features."""
         if self.device.type != "cuda" or self.world_size > 1:
             raise UserError("needs one worker on a GPU", field="distill.cuda_graph")
+        rope = self.draft.config.rope_parameters.get("rope_type")
+        if rope in ("dynamic", "longrope"):
+            # Their frequencies depend on the longest position, which the host would have to ask for.
+            raise UserError(f"RoPE of type '{rope}' cannot be recorded; set it to false", field="distill.cuda_graph")
         rate = self._rate = torch.tensor(self.config.learning_rate, device=self.device)
 
         def run(inputs: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -204,6 +208,9 @@ class DraftTrainer:
         """Go on from `state_dict`."""
         self.draft.load_state_dict(state["draft"])
         self.average.load_state_dict(state["average"])
+        if self._recorded is not None:
+            # A recording updates the moments that it was made with.
+            self._recorded = self._new_recording()
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             # The optimiser has taken a copy.
