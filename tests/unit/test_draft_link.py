@@ -24,9 +24,11 @@ from tests.pairing_tools import (
     tiny_draft,
     tiny_vocabulary,
 )
+from unmask.pairing.announcement import Announcement
 from unmask.pairing.client import DraftLink
 from unmask.pairing.hello import draft_version, hello_of
 from unmask.pairing.link_file import LinkConfig, write_link_file
+from unmask.pairing.mailbox import Control
 from unmask.pairing.server import DraftServer
 from unmask.pairing.status import LinkStatus, read_status
 from unmask.pairing.wire import Kind
@@ -312,3 +314,56 @@ def test_an_engine_that_dies_hangs_up_on_everybody(serve, connect, vocabulary, m
     assert link.status["round_trip_ms_count"] == 0
     eventually(lambda: not server.alive)
     eventually(lambda: link.status["connect_failures"] > 0)
+
+
+def announced(server: DraftServer, num_rows: int) -> tuple[Control, Announcement]:
+    """A step of one request that begins, as a target knows it before its GPU has run it."""
+    requests, none = np.array([7], dtype=np.uint64), np.empty(0, dtype=np.uint64)
+    shared = {
+        "draft_version": server.stats().draft_version,
+        "num_speculative_tokens": K,
+        "requests": requests,
+        "finished": none,
+        "longest": num_rows,
+    }
+    control = Control(number=3, **shared)
+    return control, Announcement(number=3, max_requests=2, max_rows=num_rows, **shared)
+
+
+def parts_of(num_rows: int) -> list[memoryview]:
+    """Its rows, and features that lie anywhere."""
+    rows = np.array([[0, num_rows, 5, 0]], dtype=np.int32)
+    return [rows.data.cast("B"), np.zeros((num_rows, SHAPE.hidden_size), dtype=np.float32).data.cast("B")]
+
+
+def test_rows_go_only_where_they_were_announced(serve, connect) -> None:
+    server = serve()
+    server._relays = True
+    link = connect(server.address)
+    assert link.wait_until_ready(10)
+    control, announcement = announced(server, 4)
+    assert link.announce(announcement) == K
+    before = link._connection
+    link.hang_up()
+    eventually(lambda: link._connection not in (None, before))
+    delivered: list[np.ndarray] = []
+    # The draft that is connected now knows nothing of the step, and would hang up.
+    assert not link.ask_announced(control, K, parts_of(4), delivered.append)
+    assert link.announce(announcement) == K
+    assert link.ask_announced(control, K, parts_of(4), delivered.append)
+    assert [words.shape for words in delivered] == [(1, K)]
+    assert link.status["failures"] == 0
+
+
+def test_a_draft_that_was_replaced_says_so_however_much_is_sent(serve, connect) -> None:
+    server = serve()
+    server._relays = True
+    link = connect(server.address)
+    assert link.wait_until_ready(10)
+    control, announcement = announced(server, 300_000)
+    assert link.announce(announcement) == K
+    version = server.swap(tiny_draft(seed=5))
+    assert not link.ask_announced(control, K, parts_of(300_000), lambda words: pytest.fail("of another draft"))
+    eventually(lambda: link.hello is not None and link.hello.draft_version == version)
+    assert link.status["failures"] == 0
+    assert server.stats().refused == 0
