@@ -336,11 +336,17 @@ def parts_of(num_rows: int) -> list[memoryview]:
     return [rows.data.cast("B"), np.zeros((num_rows, SHAPE.hidden_size), dtype=np.float32).data.cast("B")]
 
 
-def test_rows_go_only_where_they_were_announced(serve, connect) -> None:
+def relaying(serve, connect) -> tuple[DraftServer, DraftLink]:
+    """A draft that takes announcements, and a link to it."""
     server = serve()
     server._relays = True
     link = connect(server.address)
     assert link.wait_until_ready(10)
+    return server, link
+
+
+def test_rows_go_only_where_they_were_announced(serve, connect) -> None:
+    server, link = relaying(serve, connect)
     control, announcement = announced(server, 4)
     assert link.announce(announcement) == K
     before = link._connection
@@ -356,10 +362,7 @@ def test_rows_go_only_where_they_were_announced(serve, connect) -> None:
 
 
 def test_a_draft_that_was_replaced_says_so_however_much_is_sent(serve, connect) -> None:
-    server = serve()
-    server._relays = True
-    link = connect(server.address)
-    assert link.wait_until_ready(10)
+    server, link = relaying(serve, connect)
     control, announcement = announced(server, 300_000)
     assert link.announce(announcement) == K
     version = server.swap(tiny_draft(seed=5))

@@ -15,8 +15,9 @@ from unmask.pairing.batcher import Batcher
 from unmask.pairing.draft_engine import DraftEngine
 from unmask.pairing.hello import Hello
 from unmask.pairing.mailbox import Control, Mailbox
-from unmask.pairing.mailbox_reader import Asked, Watch, no_proposals
+from unmask.pairing.mailbox_reader import Asked, no_proposals
 from unmask.pairing.mailbox_words import LATE, REPLY
+from unmask.pairing.step_watch import Watch
 from unmask.pairing.stream_end import StreamEnd
 from unmask.pairing.stream_words import HostWords, PinnedMailbox
 from unmask.pairing.wire import Proposals, Step

@@ -16,11 +16,10 @@ from unmask.pairing.mailbox import Control, Mailbox
 from unmask.pairing.mailbox_target import write_offer
 from unmask.pairing.mailbox_words import ALIVE, CONTROL, DOORBELL, REPLY, SERVING, STEP_MASK, TAKEN, is_reached
 from unmask.pairing.polling import SHORT_REST_S, Attention, sharpen_timer
+from unmask.pairing.step_watch import StepWatch, Watch
 from unmask.pairing.wire import ROW
 
 _LOOK_S = 0.05
-_RING_S = 2.0
-"""A target that has announced a step rings within this time, or does without proposals for it."""
 _ATTENTIVE_S = 1.0
 _REST_S = 0.001
 """Between two polls while no steps come in."""
@@ -47,27 +46,6 @@ class Asked:
     features: Tensor
     finished: list[int]
     page_hashes: np.ndarray
-
-
-class End(Protocol):
-    """How a step that was queued before it rang comes to its end."""
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it has."""
-
-    def let_go(self, number: int) -> None:
-        """Its target does not ring."""
-
-
-class Watch(Protocol):
-    """The waits of a step that was announced: a target that never rings keeps nobody for long."""
-
-    def until_rung(self) -> bool:
-        """Wait for the doorbell; False if the step is not to be waited for any more."""
-
-    def until_done(self, end: End) -> float:
-        """Wait until a step that was queued has come to its end; the seconds from the doorbell on."""
 
 
 class Proposer(Protocol):
@@ -240,7 +218,7 @@ class MailboxService:
         if control.number != self._tried:
             self._tried = control.number
             is_open = not is_reached(self.mailbox.word(REPLY), control.number)
-            if is_open and self._proposer.ahead(control, reader.finished(control), _StepWatch(self, control.number)):
+            if is_open and self._proposer.ahead(control, reader.finished(control), StepWatch(self, control.number)):
                 reader.advance(control)
                 self.answered += 1
                 return True
@@ -274,46 +252,6 @@ class MailboxService:
             return
         if self.mailbox.answer(asked.number, tokens, counts, time.perf_counter_ns() - started):
             self.answered += 1
-
-
-class _StepWatch:
-    """See `Watch`."""
-
-    def __init__(self, service: MailboxService, number: int) -> None:
-        self._service, self._number = service, number
-        self._give_up_at = time.monotonic() + _RING_S
-        self._rung_at: float | None = None
-        service.attention.begin()
-
-    def until_rung(self) -> bool:
-        """See `Watch.until_rung`."""
-        while not self._look():
-            if self._is_over():
-                return False
-            self._service.attention.rest()
-        return True
-
-    def until_done(self, end: End) -> float:
-        """See `Watch.until_done`."""
-        is_let_go = False
-        while True:
-            if not self._look() and not is_let_go and self._is_over():
-                end.let_go(self._number)
-                is_let_go, self._rung_at = True, time.monotonic()
-            if end.is_done:
-                return time.monotonic() - (self._rung_at or time.monotonic())
-            self._service.attention.rest()
-
-    def _look(self) -> bool:
-        """Whether it has rung."""
-        self._service.show_life()
-        if self._rung_at is None and is_reached(self._service.mailbox.word(DOORBELL), self._number):
-            self._service.attention.came()
-            self._rung_at = time.monotonic()
-        return self._rung_at is not None
-
-    def _is_over(self) -> bool:
-        return time.monotonic() > self._give_up_at or self._service.is_closing
 
 
 def no_proposals(asked: Asked) -> tuple[np.ndarray, np.ndarray]:

@@ -27,10 +27,11 @@ from unmask.pairing.handover import Handover
 from unmask.pairing.hello import NO_DIGEST, Hello, TargetShape
 from unmask.pairing.link_file import read_link_file
 from unmask.pairing.mailbox import Control, Mailbox
-from unmask.pairing.mailbox_reader import Asked, MailboxService, Watch
+from unmask.pairing.mailbox_reader import Asked, MailboxService
 from unmask.pairing.mailbox_words import OFFERED
 from unmask.pairing.polling import Attention
 from unmask.pairing.status import LinkStatus, read_status
+from unmask.pairing.step_watch import Watch
 from unmask.pairing.wire_end import WireEnd
 
 
