@@ -13,12 +13,14 @@ from pathlib import Path
 
 from unmask.errors import ConfigError, UserError
 
-SERVE_ENVIRONMENT = {
+RAY_ENVIRONMENT = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.proxy.middlewares",
     # A replica that does not answer has nothing to drain, and its requests wait for its end.
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+    # A killed replica's engine is a process of its own: left alone it would hold the GPU for ever.
+    "RAY_process_group_cleanup_enabled": "1",
 }
-"""What Serve's own processes must be started with, which no option of Serve can say: give it to `ray start`."""
+"""What Ray's own processes must be started with, which no option can say: give it to `ray start`."""
 
 _PRINTED_USER_ERROR = re.compile(r"^unmask\.errors\.\w+: (.+)$", re.MULTILINE)
 
@@ -84,7 +86,7 @@ def _start_private(num_cpus: int) -> None:
     # Ray turns token authentication on for a cluster that it starts here, and would leave a readable token file.
     if not _has_token():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    for name, value in SERVE_ENVIRONMENT.items():
+    for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     folder = tempfile.mkdtemp(prefix="unmask-")
     atexit.register(_end_private, folder)

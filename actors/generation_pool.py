@@ -20,6 +20,10 @@ _WAVE_TASKS = 2_500
 _TASK_ROWS = 4_096
 """Shards share a task up to this many rows: a task reports, and is retried, as a whole."""
 
+_BATCHES_IN_FLIGHT = 3
+"""Rows that an actor has in hand, in batches of its engine. A shard ends with its longest response, so that up to half
+of the rows in hand are done already: with one and a half batches the engine's ran a quarter empty."""
+
 _ENGINE_SEQUENCES = 256
 """Sequences that vLLM runs at once unless `target.engine.max_num_seqs` says otherwise."""
 
@@ -106,10 +110,11 @@ def _run_wave(
 
 
 def _tasks_in_flight(recipe: Recipe, shards_per_task: int) -> int:
-    """Enough tasks per actor to keep its engine's batch full while shards at their end drain."""
+    """Tasks per actor that keep its engine's batch full."""
     options = recipe.target.engine
     if recipe.generate.decoder is None:
         sequences = options.get("max_num_seqs") or _ENGINE_SEQUENCES
     else:
         sequences = options.get("max_rows") or _ENGINE_ROWS
-    return max(2, math.ceil(1.5 * sequences / (recipe.generate.rows_per_shard * shards_per_task)))
+    rows = recipe.generate.rows_per_shard * recipe.generate.samples_per_prompt * shards_per_task
+    return max(2, math.ceil(_BATCHES_IN_FLIGHT * sequences / rows))

@@ -130,7 +130,7 @@ def run_bare(workload: Workload, folder: Path) -> float:
 
     from transformers import AutoTokenizer
 
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if workload.gpus else "0"
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     from vllm import EngineArgs, SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -161,7 +161,9 @@ def run_bare(workload: Workload, folder: Path) -> float:
             engine.add_request(str(row.index), prompt, params.clone())
             running += 1
         if not running:
-            return tokens / (time.time() - start)
+            rate = tokens / (time.time() - start)
+            engine.engine_core.shutdown()
+            return rate
         ended = [output.outputs[0] for output in engine.step() if output.finished]
         running -= len(ended)
         tokens += sum(len(output.token_ids) for output in ended)
@@ -192,6 +194,8 @@ def make_dummy(folder: Path) -> Path:
         model = Qwen3ForCausalLM(config)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+    del model
+    torch.cuda.empty_cache()  # the engines of other processes want the memory
     return path
 
 
@@ -283,8 +287,11 @@ def main() -> None:
     if arguments.tiny:
         workload = replace(workload, gpus=0, rows=16, max_new_tokens=8, max_num_seqs=4, rows_per_shard=2)
     engines = ("line",) if workload.gpus > 1 else ("bare", "line")
-    runs = [measure(engine, workload) for _ in range(arguments.pairs) for engine in engines]
-    summary = record(arguments.out, workload, runs) if arguments.out else _summary(runs)
+    runs: list[dict[str, Any]] = []
+    summary: dict[str, Any] = {}
+    for engine in [*engines] * arguments.pairs:
+        runs.append(measure(engine, workload))
+        summary = record(arguments.out, workload, runs) if arguments.out else _summary(runs)
     print(json.dumps(summary, indent=2))
 
 

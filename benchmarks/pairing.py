@@ -39,6 +39,7 @@ SECRET = b"a benchmark of one machine, 0123"
 PROMPT_TOKENS = 128
 REMOTE = {"remote": "shared memory", "tcp": "sidecar over TCP", "production": "shared memory"}
 """Modes whose draft is in another process, and how it is reached."""
+MODES = ("target", "native", *REMOTE)
 
 
 def main() -> None:
@@ -56,9 +57,9 @@ def main() -> None:
         if arguments.tiny:
             write_weights(SHAPES[arguments.shape], arguments.folder)
         switched = (("native",), ("remote",)) if arguments.tiny else (("native", "remote", "tcp"), ("production",))
-        engines = (("target",), *switched)
+        engines = [[mode for mode in modes if mode in arguments.modes] for modes in (("target",), *switched)]
         with draft_process(arguments):
-            for modes in engines:
+            for modes in filter(None, engines):
                 for row in engine_rows(arguments, modes):
                     rows.append(row)
                     print(json.dumps(row), flush=True)
@@ -94,7 +95,7 @@ def gpu(index: int) -> str:
     return visible.split(",")[index] if visible else str(index)
 
 
-def engine_rows(arguments: argparse.Namespace, modes: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def engine_rows(arguments: argparse.Namespace, modes: list[str]) -> Iterator[dict[str, Any]]:
     """Rows of one engine, a process of its own on the first GPU."""
     command = [sys.executable, "-m", "benchmarks.pairing", "--role=engine", *sys.argv[1:]]
     command += [f"--folder={arguments.folder}", "--modes", *modes]
@@ -281,7 +282,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--max-model-len", type=int, default=None)
     parser.add_argument("--role", choices=("run", "engine"), default="run", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--modes", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="default: all")
     arguments = parser.parse_args()
     arguments.shape = "tiny" if arguments.tiny else arguments.shape
     arguments.concurrency = arguments.concurrency or ([1, 2] if arguments.tiny else [1, 8, 32, 64, 128])

@@ -1,9 +1,10 @@
-"""vLLM inside this process, shared by many callers."""
+"""vLLM, shared by many callers of this process."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from multiprocessing.util import Finalize
 from typing import Any, cast
 
 from engines.engine_thread import Completion, EngineDiedError, EngineThread
@@ -15,11 +16,12 @@ _FINISH_REASONS = ("stop", "length", "abort")
 
 
 class OfflineEngine(EngineThread["_VllmEngine"]):
-    """Generates with vLLM in this process.
+    """Generates with vLLM: on a CPU in this process; on a GPU its scheduler and model have a process of their own, lest
+    they wait for the interpreter that tokenises and writes.
 
     Args:
         arguments: of vLLM's `EngineArgs` (see `engines.engine_options`).
-        on_gpu: decides which versions of vLLM are acceptable.
+        on_gpu: decides where the engine runs, and which versions of vLLM are acceptable.
 
     Raises:
         ConfigError: vLLM is missing or of an untested version, or refuses the arguments.
@@ -27,9 +29,9 @@ class OfflineEngine(EngineThread["_VllmEngine"]):
 
     def __init__(self, arguments: dict[str, Any], *, on_gpu: bool = False) -> None:
         require_tested_vllm("v2" if on_gpu else "v1")
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if on_gpu else "0"
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        super().__init__(lambda: _VllmEngine(arguments), "vllm")
+        super().__init__(lambda: _VllmEngine(arguments, has_process=on_gpu), "vllm")
 
     def close(self) -> None:
         """Finish what runs, then release the engine's memory."""
@@ -43,7 +45,7 @@ class _VllmEngine:
     has_room = True
     """It keeps a queue of its own."""
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
+    def __init__(self, arguments: dict[str, Any], *, has_process: bool) -> None:
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -51,6 +53,9 @@ class _VllmEngine:
             self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         except (*_refusals(), TypeError) as error:
             raise ConfigError(f"vLLM refuses the engine options: {error}", field="target.engine") from error
+        if has_process:
+            # Python waits for child processes when it ends, `close` or not.
+            Finalize(None, self._engine.engine_core.shutdown, exitpriority=0)
 
     def add(self, name: str, prompt_ids: Sequence[int], options: SamplingOptions) -> None:
         """See SteppedEngine."""

@@ -1,7 +1,7 @@
 """Serve's HTTP proxy in the API's form: what it says of itself is JSON too, and a stream never just ends.
 
 Serve answers for an application that cannot: in plain text, and for a stream whose replica has died with silence. A
-proxy loads `middlewares` where its environment names them (`actors.cluster.SERVE_ENVIRONMENT`).
+proxy loads `middlewares` where its environment names them (`actors.cluster.RAY_ENVIRONMENT`).
 """
 
 from __future__ import annotations

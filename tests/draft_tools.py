@@ -15,7 +15,7 @@ MASK = 1
 VOCAB = 48
 
 
-def tiny_llama(num_layers: int = 7, seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(num_layers: int = 7, seed: int = 0, num_heads: int = 4) -> LlamaForCausalLM:
     """A float32 Llama whose greedy text is not constant."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -23,8 +23,8 @@ def tiny_llama(num_layers: int = 7, seed: int = 0) -> LlamaForCausalLM:
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads // 2,
         max_position_embeddings=256,
         initializer_range=0.3,
         tie_word_embeddings=False,
@@ -33,10 +33,10 @@ def tiny_llama(num_layers: int = 7, seed: int = 0) -> LlamaForCausalLM:
 
 
 def tiny_pair(
-    block_size: int = 4, num_layers: int = 2, num_features: int = 3, init: str = "random"
+    block_size: int = 4, num_layers: int = 2, num_features: int = 3, init: str = "random", num_heads: int = 4
 ) -> tuple[TargetModel, DFlashDraft]:
     """A target and an untrained draft."""
-    model = tiny_llama()
+    model = tiny_llama(num_heads=num_heads)
     shape = DraftConfig(num_layers=num_layers, block_size=block_size, num_target_features=num_features)
     sizes = draft_sizes(model.config, shape, MASK)
     return TargetModel(model, sizes.target_layer_ids), new_draft(sizes, model, init, seed=1).eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from actors.cluster import SERVE_ENVIRONMENT
+from actors.cluster import RAY_ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,7 +17,7 @@ def start_private_ray() -> None:
     """Start it, with more CPUs than there are: nothing under test waits for one. `ray.shutdown` ends it."""
     mark = str(os.getpid())
     # Other work on this machine may fill its memory; that shall not end replicas under test.
-    os.environ.update(SERVE_ENVIRONMENT, RAY_AUTH_MODE="disabled", RAY_memory_monitor_refresh_ms="0", **{MARK: mark})
+    os.environ.update(RAY_ENVIRONMENT, RAY_AUTH_MODE="disabled", RAY_memory_monitor_refresh_ms="0", **{MARK: mark})
     import ray
 
     ray.init(

@@ -238,6 +238,9 @@ def is_ours(process: psutil.Process) -> bool:
 def _signal(role: str, which: int, number: int) -> Event:
     def strike(stage: Stage) -> None:
         pid = stage.pids(role)[which]
+        if number == signal.SIGKILL:
+            # What it has started must not outlive it: a target's engine holds the GPU.
+            stage.victims += [child.pid for child in psutil.Process(pid).children(recursive=True)]
         stage.victims.append(pid)
         stage.struck_at = time.monotonic()
         os.kill(pid, number)

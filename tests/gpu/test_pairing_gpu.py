@@ -263,7 +263,8 @@ def v2_engine(target: Path, way: str | None, draft: Draft | None = None, **optio
 
     variables = {"VLLM_USE_V2_MODEL_RUNNER": "1", WATCHDOG_VARIABLE: LIMIT_MS}
     arguments = {"model": str(target), "enforce_eager": False, "max_num_seqs": 32, "max_num_batched_tokens": 512}
-    arguments |= options
+    # Little is needed: other work may be on the GPU.
+    arguments |= {"gpu_memory_utilization": 0.3, "disable_log_stats": False, **options}
     if way is not None:
         link_file = draft.folder / "link.json"
         variables[LINK_FILE_VARIABLE] = str(link_file)

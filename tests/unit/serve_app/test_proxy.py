@@ -121,8 +121,8 @@ async def test_clients_do_not_set_serves_own_options():
 def test_serve_finds_it_by_name():
     from ray._common.utils import import_attr
 
-    from actors.cluster import SERVE_ENVIRONMENT
+    from actors.cluster import RAY_ENVIRONMENT
 
-    found = import_attr(SERVE_ENVIRONMENT["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"])
+    found = import_attr(RAY_ENVIRONMENT["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"])
     assert found is middlewares
     assert found()[0].cls is ApiForm
