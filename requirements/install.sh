@@ -8,7 +8,8 @@ wanted=$(cat "$here/cpu.lock" "$here/torch-cpu.lock" "$here/../pyproject.toml" |
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
 
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3.11}" -m venv "$venv"
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+# Most modules are never imported: to compile all of them takes as long as to unpack them.
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@" --no-compile; }
 # The CPU wheel that pip already finds, else the one of PyTorch's CPU index; never the multi-gigabyte CUDA build.
 pip install --no-deps --require-hashes -r "$here/torch-cpu.lock" ||
     pip install --no-deps --require-hashes --index-url https://download.pytorch.org/whl/cpu -r "$here/torch-cpu.lock"
