@@ -284,6 +284,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="default: all")
     arguments = parser.parse_args()
+    if arguments.tiny and not {"target", "native", "remote"} & set(arguments.modes):
+        parser.error("--tiny runs the modes target, native and remote; name one of them in --modes")
     arguments.shape = "tiny" if arguments.tiny else arguments.shape
     arguments.concurrency = arguments.concurrency or ([1, 2] if arguments.tiny else [1, 8, 32, 64, 128])
     arguments.tokens = arguments.tokens or (32 if arguments.tiny else 512)

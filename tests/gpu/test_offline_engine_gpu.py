@@ -32,4 +32,5 @@ def test_a_process_that_does_not_close_its_engine_ends(tmp_path: Path) -> None:
     script = tmp_path / "generate.py"
     script.write_text(GENERATE)
     ended = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, timeout=240, check=True)
-    assert ended.stdout.splitlines()[-1] == "[3, 5]"
+    # vLLM may log its own end after it.
+    assert "[3, 5]" in ended.stdout.splitlines()
