@@ -19,6 +19,12 @@ RAY_ENVIRONMENT = {
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     # A killed replica's engine is a process of its own: left alone it would hold the GPU for ever.
     "RAY_process_group_cleanup_enabled": "1",
+    # Ray's workers would stand behind every other process of the machine, which a request waits for.
+    "RAY_worker_niceness": "0",
+    # All that replicas do is asynchronous: a second thread only takes the interpreter from the first.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    # What was imported is no garbage: to look through it holds every stream up.
+    "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",
 }
 """What Ray's own processes must be started with, which no option can say: give it to `ray start`."""
 

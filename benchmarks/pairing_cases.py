@@ -131,7 +131,8 @@ def _finish(engine: subprocess.Popen) -> dict[str, Any]:
     output, _ = engine.communicate()
     if engine.returncode:
         raise RuntimeError("an engine has failed")
-    return json.loads(output.splitlines()[-1])
+    # vLLM may say something more when it ends.
+    return json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{")))
 
 
 def _engine(arguments: argparse.Namespace, batch: int, *, paired: bool = True) -> Any:

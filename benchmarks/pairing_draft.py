@@ -33,6 +33,8 @@ def main() -> None:
         with torch.device(arguments.device):
             return DFlashDraft(shape.draft()).to(dtype).requires_grad_(False)
 
+    # As a draft whose files have been read.
+    other = new_draft().cpu()
     draft = new_draft()
     with torch.device(arguments.device):
         tables = [torch.randn(shape.vocab_size, shape.hidden, dtype=dtype) for _ in range(1 if shape.tied else 2)]
@@ -48,10 +50,11 @@ def main() -> None:
     )
     server.start()
     write_link_file(arguments.folder / "address", LinkConfig(address=server.address, secret_file=str(secret)))
-    while os.read(sys.stdin.fileno(), 4096):
+    if os.read(sys.stdin.fileno(), 4096):
         before = server.stats().draft_version
-        after = server.swap(new_draft())
+        after = server.swap(other)
         (arguments.folder / "swapped").write_text(f"{before} {after}")
+        os.read(sys.stdin.fileno(), 4096)
     server.stop()
 
 

@@ -11,8 +11,12 @@ if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
 # Most modules are never imported: to compile all of them takes as long as to unpack them.
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@" --no-compile; }
 # The CPU wheel that pip already finds, else the one of PyTorch's CPU index; never the multi-gigabyte CUDA build.
-pip install --no-deps --require-hashes -r "$here/torch-cpu.lock" ||
-    pip install --no-deps --require-hashes --index-url https://download.pytorch.org/whl/cpu -r "$here/torch-cpu.lock"
+{
+    pip install --no-deps --require-hashes -r "$here/torch-cpu.lock" ||
+        pip install --no-deps --require-hashes --index-url https://download.pytorch.org/whl/cpu -r "$here/torch-cpu.lock"
+} &
+torch=$!  # a third of the unpacking, on a core of its own
 pip install --no-deps --require-hashes -r "$here/cpu.lock"
+wait $torch
 pip install --no-deps --no-build-isolation --quiet --editable "$here/.."
 printf '%s\n' "$wanted" > "$stamp"

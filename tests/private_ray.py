@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 from actors.cluster import RAY_ENVIRONMENT
@@ -11,6 +12,19 @@ ROOT = Path(__file__).parents[1]
 
 MARK = "UNMASK_FAULT_TEST"
 """An environment variable of every process that a test has started, so that no other is ever touched."""
+
+
+def use_direct_ingress() -> str:
+    """Let the next private Ray's ingress replicas listen themselves; the URL of the first one."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    os.environ |= {
+        "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(port + 8),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    }
+    return f"http://127.0.0.1:{port}"
 
 
 def start_private_ray() -> None:

@@ -119,12 +119,13 @@ def _name(process: psutil.Process) -> str:
         return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("event", "strike"),
     [
         ("SIGKILL of the worker", kill_worker),
-        pytest.param("SIGKILL of the driver", kill_driver, marks=pytest.mark.slow),
-        pytest.param("SIGTERM to the driver", stop, marks=pytest.mark.slow),
+        ("SIGKILL of the driver", kill_driver),
+        ("SIGTERM to the driver", stop),
     ],
 )
 def test_losses_are_those_of_the_undisturbed_run(

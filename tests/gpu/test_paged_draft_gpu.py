@@ -11,6 +11,7 @@ from tests.pairing_tools import BLOCK_SIZE, raw_features, reference_block, row, 
 from unmask.pairing import block_ops
 from unmask.pairing.draft_engine import DraftEngine
 from unmask.pairing.paged_attention import gathered_attention
+from unmask.pairing.side_copies import copied_beside, move_beside
 from unmask.pairing.wire import Step, pack_hashes, pack_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -81,16 +82,33 @@ def test_blocks_of_a_batch_are_those_of_the_reference(k: int) -> None:
 def test_a_swap_in_place_is_seen_by_the_graphs() -> None:
     vocabulary, raw = tiny_vocabulary(), raw_features(20, seed=1)
     engine = DraftEngine(tiny_draft().cuda(), vocabulary.cuda(), vocabulary.cuda(), memory_mb=8)
-    for seed in (0, 5, 0):
-        engine.swap(tiny_draft(seed=seed).cuda())
+    for seed, device in ((0, "cuda"), (5, "cpu"), (0, "cpu")):
+        engine.swap(tiny_draft(seed=seed).to(device))
         assert proposals(engine, [row(1, 0, 20, 5)], [raw], K) == [
             reference_block(tiny_draft(seed=seed), vocabulary, raw, 5, K)
         ]
 
 
+def test_a_copy_beside_is_whole_while_the_default_stream_is_busy() -> None:
+    source = torch.randn(3, 5_000_000).to(torch.bfloat16)  # several pieces, the last one short
+    device = torch.device("cuda")
+    torch.cuda._sleep(2 * 10**9)
+    busy = torch.cuda.Event()
+    busy.record()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        copy = copied_beside(source, device)
+        assert not busy.query()
+    assert torch.equal(copy.cpu(), source)
+    module = tiny_draft()
+    expected = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    move_beside(module, device)
+    assert {tensor.device.type for tensor in [*module.parameters(), *module.buffers()]} == {"cuda"}
+    assert all(torch.equal(module.state_dict()[name].cpu(), tensor) for name, tensor in expected.items())
+
+
 def proposals(engine: DraftEngine, rows: list, raws: list, k: int) -> list[list[int]]:
     """Blocks of one step."""
-    projection = engine.hello.projection
+    projection = engine.hello.projection.to(torch.device("cuda"))
     step = Step(
         draft_version=engine.version,
         epoch=1,

@@ -85,12 +85,14 @@ def _run_optimised(*suites: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
 
 
+@pytest.mark.slow
 def test_the_security_tests_hold_without_assertions_in_the_code() -> None:
     suites = [f"tests/unit/serve_app/test_{name}.py" for name in ("auth", "limits", "protocol")]
     result = _run_optimised(*suites, "tests/security/test_checkpoints.py", "tests/security/test_requests.py")
     assert result.returncode == 0, result.stdout[-2000:]
 
 
+@pytest.mark.slow
 def test_an_optimised_run_still_tells_right_from_wrong(tmp_path: Path) -> None:
     """Without this the test above might pass because nothing is asserted at all."""
     right, wrong = tmp_path / "test_right.py", tmp_path / "test_wrong.py"

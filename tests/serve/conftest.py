@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,13 @@ import httpx
 import pytest
 import torch
 
-from tests.private_ray import start_private_ray
+from tests.private_ray import start_private_ray, use_direct_ingress
 from tests.trace_collector import Collector
 
 K = 5
+
+DIRECT = "UNMASK_TEST_DIRECT_INGRESS"
+"""Set, the service is asked through its ingress replica's own port, past Serve's proxy."""
 
 
 @pytest.fixture(scope="session")
@@ -62,12 +66,18 @@ def _draft(path: Path, seed: int, **changes: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def ray_cluster(direct_url: str | None) -> Iterator[None]:
     import ray
 
     start_private_ray()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def direct_url() -> str | None:
+    """Where the ingress replica listens itself, if it does."""
+    return use_direct_ingress() if DIRECT in os.environ else None
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +88,7 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="module")
-def service(ray_cluster: None, draft_dir: Path, collector: Collector):
+def service(ray_cluster: None, direct_url: str | None, draft_dir: Path, collector: Collector):
     from serve_app.handle import serve_pairing
     from unmask.config import GenerateConfig, Recipe, ServeConfig, TargetConfig
 
@@ -96,7 +106,7 @@ def service(ray_cluster: None, draft_dir: Path, collector: Collector):
             ),
         )
     )
-    yield handle
+    yield replace(handle, url=direct_url or handle.url)
     handle.shutdown()
 
 

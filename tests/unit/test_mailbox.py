@@ -5,6 +5,7 @@ import threading
 import time
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tests.mailbox_tools import LAYOUT, ImaginedTarget, answers
 from tests.pairing_tools import SHAPE, eventually, tiny_draft
 from unmask.errors import ConfigError, WireError
 from unmask.files import private_folder
+from unmask.pairing import mailbox_reader
 from unmask.pairing.hello import hello_of
 from unmask.pairing.mailbox import Control, Mailbox, is_orphaned, take_tokens
 from unmask.pairing.mailbox_folder import new_path
@@ -27,6 +29,7 @@ from unmask.pairing.mailbox_words import (
     DOORBELL,
     HEARTBEAT,
     LATE,
+    OFFERED,
     OPEN_UNTIL,
     REPLY,
     TAKEN,
@@ -287,6 +290,31 @@ def test_only_the_step_after_a_prompts_middle_waits_for_it(mailbox, target, echo
     assert [seen.number for seen in echo.seen] == [1, 2]
     expected = echo.hello.projection(torch.cat([raw for *_, raw, _ in following.seen]))
     torch.testing.assert_close(echo.seen[1].features[: len(expected)], expected)
+
+
+def test_steps_under_way_are_answered_while_another_draft_is_offered(mailbox, target, echo, monkeypatch) -> None:
+    """The projection of a large draft takes longer to write than a target waits."""
+    may_write = threading.Event()
+
+    def slow(*arguments: Any) -> None:
+        assert may_write.wait(20)
+        write_offer(*arguments)
+
+    monkeypatch.setattr(mailbox_reader, "write_offer", slow)
+    echo.hello = hello_of(tiny_draft(seed=1), 78, None)
+    # The target knows of nothing yet, and has asked already.
+    mailbox.post(control(1, [1]))
+    ring(mailbox, 1, [(0, 1, 5)])
+    eventually(lambda: not mailbox.is_waiting)
+    eventually(lambda: not target.is_ready)
+    mailbox.post(control(2, [1]))
+    ring(mailbox, 2, [(1, 1, 6)])
+    eventually(lambda: not mailbox.is_waiting)
+    assert [asked.number for asked in echo.seen] == [1, 2]
+    assert mailbox.long_word(OFFERED) == 77
+    may_write.set()
+    eventually(lambda: target.is_ready)
+    assert mailbox.long_word(OFFERED) == 78
 
 
 def test_nothing_is_asked_without_a_watchdog_a_draft_or_a_closed_breaker(mailbox, target, echo) -> None:

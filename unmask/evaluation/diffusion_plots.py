@@ -13,15 +13,17 @@ def plot_speed_accuracy(curves: Mapping[str, Sequence[tuple[float, float]]], pat
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for name, points in curves.items():
+    for number, (name, points) in enumerate(curves.items()):
         ordered = sorted(points)
-        axes.plot([tpf for tpf, _ in ordered], [accuracy for _, accuracy in ordered], marker="o", label=name)
+        # Ten colours come round again, markers do not.
+        marker = "osD^vPX*"[number // 10 % 8]
+        axes.plot([tpf for tpf, _ in ordered], [accuracy for _, accuracy in ordered], marker=marker, label=name)
     axes.set(title="Accuracy under parallelism", xlabel="tokens per forward", ylabel="accuracy, %")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper", fontsize="small")  # inside it would hide points
     figure.savefig(path, dpi=120)
 
 

@@ -25,6 +25,7 @@ from unmask.pairing.hello import Hello, draft_version, hello_of
 from unmask.pairing.mailbox import Control
 from unmask.pairing.page_hashes import PAGE_SIZE
 from unmask.pairing.page_tables import Key, Reservation
+from unmask.pairing.side_copies import move_beside
 from unmask.pairing.stream_end import SeenStep, StreamEnd
 from unmask.pairing.wire import Proposals, Step
 from unmask.types import TargetRecord
@@ -78,6 +79,9 @@ class DraftEngine:
     def swap(self, draft: DFlashDraft, record: TargetRecord | None = None) -> int:
         """Replace the weights between two steps; the time between them grows by an exchange of references.
 
+        The draft is best given on the host, from where it comes to the device piece by piece beside the steps; it is
+        the engine's from then on.
+
         Context of the old version was made by its weights and means nothing to the new ones, and the feature rows that
         it was made from are gone: it is dropped. Steps of the old version are refused (`step` returns None), target
         workers greet the draft anew, and requests under way are drafted on with their older context as a gap.
@@ -98,6 +102,7 @@ class DraftEngine:
         self._check_vocabulary(draft)
         # The fingerprint reads all weights, and graphs take seconds to record: not while steps wait.
         hello = hello_of(draft, draft_version(draft), record)
+        move_beside(draft, self.weights.device)
         blocks, cache = self._blocks, self._cache
         in_place = blocks.in_place and config == served
         if not in_place:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -91,15 +91,16 @@ def draft_version(draft: DFlashDraft) -> int:
 
 
 def hello_of(draft: DFlashDraft, version: int, record: TargetRecord | None) -> Hello:
-    """The HELLO of a draft."""
+    """The HELLO of a draft, whose projection is on the host: it is sent at any time, also while the device works."""
     config = draft.config
+    projection = Projection.of(draft)
     return Hello(
         draft_version=version,
         target_digest=record_digest(record),
         vocab_size=config.vocab_size,
         block_size=config.block_size,
         layer_ids=tuple(config.target_layer_ids),
-        projection=Projection.of(draft),
+        projection=replace(projection, fc=_on_cpu(projection.fc), norm=_on_cpu(projection.norm)),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -162,6 +163,8 @@ class MailboxService:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mailbox", daemon=True)
         self._offered: int | None = None
+        self._writing: tuple[int, Future[None]] | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="mailbox_offer")
         self._tried: int | None = None
         self._polls = mailbox.long_word(ALIVE)
         self.answered = 0
@@ -195,7 +198,8 @@ class MailboxService:
                     self.show_life()
                 now = time.monotonic()
                 if self._offers and now >= look_at:
-                    self._proposer.look_around()
+                    if self._writing is None:
+                        self._proposer.look_around()
                     self._offer()
                     look_at = now + _LOOK_S
                 if self._proposer.is_elsewhere:
@@ -206,6 +210,7 @@ class MailboxService:
                 else:
                     time.sleep(SHORT_REST_S if now < attentive_until else _REST_S)
         finally:
+            self._writer.shutdown()
             if not self._proposer.is_elsewhere:
                 self.mailbox.set_word(SERVING, 0)
 
@@ -233,15 +238,26 @@ class MailboxService:
         self.mailbox.set_long_word(ALIVE, self._polls)
 
     def _offer(self) -> None:
-        """Let the target know which draft it can ask."""
+        """Let the target know which draft it can ask.
+
+        The projection of a large draft takes longer to write than a target waits: another thread writes it, and until
+        then nobody is asked to ask. What has been asked is answered, with nothing if it was for the draft before.
+        """
+        if self._writing is not None:
+            version, written = self._writing
+            if not written.done():
+                return
+            written.result()
+            self._offered, self._writing = version, None
         if self._proposer.is_elsewhere:
             self._offered = None
             return
         hello = self._proposer.hello
-        version = hello.draft_version if hello else None
-        if hello is not None and version != self._offered:
-            write_offer(self.mailbox, hello)
-        self._offered = version
+        if hello is not None and hello.draft_version != self._offered:
+            self.mailbox.set_word(SERVING, 0)
+            self._writing = hello.draft_version, self._writer.submit(write_offer, self.mailbox, hello)
+            return
+        self._offered = None if hello is None else hello.draft_version
         self.mailbox.set_word(SERVING, hello is not None)
 
     def _answer(self, asked: Asked) -> None:

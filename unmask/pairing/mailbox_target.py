@@ -19,6 +19,7 @@ from unmask.pairing.mailbox_layout import DEPTH, MAX_HASHES
 from unmask.pairing.mailbox_words import BEGUN, DOORBELL, OFFERED, REPLY, SERVING, STEP_MASK, TAKEN, is_reached
 from unmask.pairing.packed_rows import StepTensors, pack_rows
 from unmask.pairing.request_numbers import RequestNumbers
+from unmask.pairing.side_copies import copied_beside
 from unmask.pairing.stream_words import StreamWords
 
 logger = logging.getLogger(__name__)
@@ -222,15 +223,19 @@ def write_offer(mailbox: Mailbox, hello: Hello) -> None:
 
 def read_offer(mailbox: Mailbox) -> Hello:
     """The draft that is offered beside a mailbox. Raises OSError, WireError."""
-    return decode_hello(bytearray(mailbox.offer_path.read_bytes()))
+    with mailbox.offer_path.open("rb", buffering=0) as file:
+        # Memory that Python does not clear: other threads of the target could not run meanwhile.
+        payload = np.empty(mailbox.offer_path.stat().st_size, dtype=np.uint8)
+        filled = 0
+        while read := file.readinto(payload.data[filled:]):
+            filled += read
+    return decode_hello(payload.data[:filled])
 
 
 def _on_device(hello: Hello, device: torch.device) -> Hello:
     """The copy is complete when this returns, so that any stream may use it."""
-    projection = hello.projection.to(device)
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
-    return replace(hello, projection=projection)
+    fc, norm = (copied_beside(tensor, device) for tensor in (hello.projection.fc, hello.projection.norm))
+    return replace(hello, projection=replace(hello.projection, fc=fc, norm=norm))
 
 
 def _no_mark(name: str) -> None:

@@ -25,5 +25,4 @@ def replace_draft(server: DraftServer, path: str | Path, record: TargetRecord) -
         PairingError: it was made for another target. In both cases the old draft goes on serving.
     """
     check_pairing(path, record)
-    weights = server.weights
-    return server.swap(load_draft(path, weights.dtype).to(weights.device), record)
+    return server.swap(load_draft(path, server.weights.dtype), record)
