@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,12 @@ _TASK_ROWS = 4_096
 _BATCHES_IN_FLIGHT = 3
 """Rows that an actor has in hand, in batches of its engine. A shard ends with its longest response, so that up to half
 of the rows in hand are done already: with one and a half batches the engine's ran a quarter empty."""
+
+_DECIMALS = 10**5
+
+_FULL_SHARE = 0.9
+"""Of what all actors may have in hand: from there on another is started. Ray Data's own 1.75 counts tasks that queue in
+front of an actor; here all that an actor has been given it runs."""
 
 _ENGINE_SEQUENCES = 256
 """Sequences that vLLM runs at once unless `target.engine.max_num_seqs` says otherwise."""
@@ -102,6 +110,9 @@ def _run_wave(
     dataset.context.enable_progress_bars = False
     # Of the whole execution, not of the actors alone: Ray Data also asks the autoscaler for nodes on its own account.
     dataset.context.execution_options.label_selector = config.labels or None
+    dataset.context.autoscaling_config = replace(
+        dataset.context.autoscaling_config, actor_pool_util_upscaling_threshold=_FULL_SHARE
+    )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         yield from dataset.iter_rows()
@@ -117,4 +128,13 @@ def _tasks_in_flight(recipe: Recipe, shards_per_task: int) -> int:
     else:
         sequences = options.get("max_rows") or _ENGINE_ROWS
     rows = recipe.generate.rows_per_shard * recipe.generate.samples_per_prompt * shards_per_task
-    return max(2, math.ceil(_BATCHES_IN_FLIGHT * sequences / rows))
+    return _divisor_from(max(2, math.ceil(_BATCHES_IN_FLIGHT * sequences / rows)))
+
+
+def _divisor_from(wanted: int) -> int:
+    """The least number from `wanted` on that divides an actor evenly.
+
+    Ray Data rounds what a task of an actor takes of a node to five decimals, and floors what the pool needs: with a
+    third for each of three tasks it asks for 1.99998 actors where it wants two, and never gets the second.
+    """
+    return next(number for number in itertools.count(wanted) if _DECIMALS % number == 0 or number > _DECIMALS)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import sys
 import threading
 import time
 from collections import Counter
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +34,14 @@ UP_S, GONE_S = 30, 60
 
 
 class PatientEngine:
-    """Answers every prompt after as many seconds as it may have tokens."""
+    """Answers every prompt after as many seconds as it may have tokens, and leaves a file that says that it did."""
 
-    def __init__(self, arguments: dict[str, Any], *, on_gpu: bool = False) -> None:
+    def __init__(self, arguments: dict[str, Any], *, on_gpu: bool = False, folder: Path) -> None:
         assert on_gpu
+        self._file = folder / f"engine-{os.getpid()}"
 
     def submit(self, prompt_ids: tuple[int, ...], options: SamplingOptions) -> Future[Completion]:
+        self._file.touch()
         future: Future[Completion] = Future()
         threading.Timer(options.max_tokens, lambda: future.set_result(Completion([prompt_ids[0]], "length"))).start()
         return future
@@ -78,9 +82,16 @@ def run_generation(folder: Path) -> dict[str, Any]:
         up.set()
 
     threading.Thread(target=watch, daemon=True).start()
-    report = generate(recipe, Path(recipe.run_dir), engine_factory=PatientEngine)
+    report = generate(recipe, Path(recipe.run_dir), engine_factory=partial(PatientEngine, folder=folder))
     assert up.wait(5), nodes.most
-    return {"rows": report.rows, "up_s": came[0], "gone_s": nodes.wait({}, GONE_S), "most": dict(nodes.most)}
+    engines = len(list(folder.glob("engine-*")))
+    return {
+        "rows": report.rows,
+        "engines": engines,
+        "up_s": came[0],
+        "gone_s": nodes.wait({}, GONE_S),
+        "most": dict(nodes.most),
+    }
 
 
 class StandIn:

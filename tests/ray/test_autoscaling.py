@@ -82,6 +82,7 @@ def drive(head: Head, stage: str, folder: Path) -> dict[str, Any]:
 def test_pending_generation_actors_bring_up_generation_nodes_alone(head: Head, folder: Path) -> None:
     seen = drive(head, "generation", folder)
     assert seen["rows"] == 8
+    assert seen["engines"] == 2
     assert seen["most"] == {"generate": 2}
     assert seen["up_s"] < UP_S
     assert seen["gone_s"] < GONE_S
@@ -89,9 +90,10 @@ def test_pending_generation_actors_bring_up_generation_nodes_alone(head: Head, f
 
 @pytest.mark.slow
 def test_more_work_than_one_actor_does_brings_up_a_second_node(head: Head, tmp_path: Path) -> None:
-    write_recipe(tmp_path, rows=24, min_actors=1, seconds=6, max_num_seqs=1)
+    write_recipe(tmp_path, rows=60, min_actors=1, seconds=6, max_num_seqs=1)
     seen = drive(head, "generation", tmp_path)
-    assert seen["rows"] == 24
+    assert seen["rows"] == 60
+    assert seen["engines"] == 2
     assert seen["most"] == {"generate": 2}
     assert seen["up_s"] < UP_S
     assert seen["gone_s"] < GONE_S
@@ -104,15 +106,12 @@ def test_target_and_draft_bring_up_their_own_nodes_and_scale_apart(head: Head, f
     assert seen["up_s"] < UP_S + GONE_S
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("generate.labels={role: genrate}", "generate: needs 1 CPU, 1 GPU on role=genrate"),
-        pytest.param(
-            "generate.gpus_per_actor=3",
-            "generate: needs 1 CPU, 3 GPU on role=generate",
-            marks=pytest.mark.slow,
-        ),
+        ("generate.gpus_per_actor=3", "generate: needs 1 CPU, 3 GPU on role=generate"),
     ],
 )
 def test_what_no_node_type_offers_ends_the_job_by_name(head: Head, folder: Path, override: str, message: str) -> None:

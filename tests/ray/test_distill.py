@@ -94,6 +94,7 @@ def test_a_killed_training_goes_on_where_it_was(run_dir: Path) -> None:
     check_pairing(run_dir / "draft" / "final", record)
 
 
+@pytest.mark.slow
 def test_two_workers_train_one_draft(run_dir: Path) -> None:
     finished = subprocess.run(
         command(run_dir, "distill.max_steps=6", "distill.num_workers=2", "distill.sequences_per_step=2", "--fresh"),

@@ -52,3 +52,16 @@ def test_the_engine_is_full_though_shards_wait_for_their_longest_response(rows_p
             left[0] -= end == step + 1
         running = [(left, end) for left, end in running if end > step + 1]
     assert sum(seen) > 0.97 * 256 * len(seen)
+
+
+@pytest.mark.parametrize("rows_per_shard", [1, 3, 16, 100, 4096])
+@pytest.mark.parametrize("sequences", [1, 2, 7, 33, 256, 1000, 200_000])
+def test_tasks_divide_an_actor_evenly(sequences: int, rows_per_shard: int) -> None:
+    """Ray Data's arithmetic of five decimals would else ask for one actor too few."""
+    recipe = Recipe(
+        target=TargetConfig(engine={"max_num_seqs": sequences}), generate=GenerateConfig(rows_per_shard=rows_per_shard)
+    )
+    tasks = _tasks_in_flight(recipe, 1)
+    wanted = 3 * sequences / rows_per_shard
+    assert wanted <= tasks <= max(2, 2 * wanted + 1)
+    assert tasks > 10**5 or round(1 / tasks, 5) * tasks == pytest.approx(1, abs=1e-9)
