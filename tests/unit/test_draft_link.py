@@ -340,7 +340,7 @@ def relaying(serve, connect) -> tuple[DraftServer, DraftLink]:
     """A draft that takes announcements, and a link to it."""
     server = serve()
     server._relays = True
-    link = connect(server.address)
+    link = connect(server.address, timeout_ms=20_000)
     assert link.wait_until_ready(10)
     return server, link
 
