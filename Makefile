@@ -1,7 +1,8 @@
 # make demo   the whole line on this machine: prompts to a served pairing, about 15 minutes on two cores
 # make test   lint, types, layers and the tests that need no GPU
 # make test-all   the same with the slow ones: floods, long kill series
-# Both set up what they need in .venv; a second run installs nothing.
+# make audit  what the locked packages are (dist/sbom.json) and which of them have known weaknesses
+# All set up what they need in .venv; a second run installs nothing.
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -10,7 +11,7 @@ CHOSEN ?= not gpu and not slow
 # A clean installation compiles what it imports, once, whatever the environment says: vLLM takes twice as long without.
 QUIET := PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup demo test test-all reliability unit lint gpu-test clean
+.PHONY: setup demo test test-all reliability unit lint gpu-test audit clean
 
 setup:
 	@requirements/install.sh $(VENV)
@@ -43,6 +44,14 @@ reliability:
 
 gpu-test:
 	$(PY) -m pytest -q -m gpu tests/gpu
+
+# In an environment of its own, for its tools are no part of what is audited.
+audit:
+	@test -x build/audit/bin/pip-audit || (python3 -m venv build/audit && \
+	    build/audit/bin/pip install -q pip-audit==2.10.1 cyclonedx-bom==7.5.0)
+	@mkdir -p dist
+	build/audit/bin/cyclonedx-py requirements requirements/cpu.lock --output-reproducible -o dist/sbom.json
+	build/audit/bin/pip-audit --disable-pip --require-hashes -r requirements/cpu.lock
 
 clean:
 	rm -rf .unmask build dist *.egg-info

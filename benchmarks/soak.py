@@ -1,8 +1,9 @@
 """`python -m benchmarks.soak [--minutes 30] [--share 0.7] [--out FILE]`: a service under steady load.
 
 A tiny target with its draft is served on a private cluster. Its capacity is measured first; requests then arrive at
-random at `share` of it, one in ten leaves after the first token. Latency is compared between the beginning and the end,
-and so are memory, threads, sockets and shared memory of every process that serves.
+random at `share` of it, one in ten leaves after the first token. Each third of the time has the same arrivals, so that
+latency can be compared between the first and the last: what remains is the service and the machine, whose speed a
+probe measures meanwhile. Memory, threads, sockets and shared memory of every process that serves are counted too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import random
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -28,12 +30,14 @@ from tests.private_ray import start_private_ray
 LOAD = Load(stream=True, fields={"max_tokens": 32})
 SLOTS = 8
 WARM_UP_S = 60
-DRIFT = (
-    "Presumed, not measured apart: nothing that is counted grew, and at this load p99 follows the speed of the "
-    "machine, which others share."
-)
 LEAVES = 0.1
 """Share of the clients that go away after the first token."""
+
+REST_S = 5.0
+"""Connections that clients left open are closed by then."""
+PROBE_EVERY_S = 2.0
+PROBE_ROUNDS = 40_000
+"""Some milliseconds of one core."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,22 +93,56 @@ def capacity(url: str, seconds: float) -> float:
         return sum(pool.map(run, range(SLOTS))) / seconds
 
 
-def soak(url: str, rate: float, seconds: float) -> list[Reply]:
-    """Requests that begin at random times, `rate` a second on average; those that left are not in the list."""
-    chance, replies = random.Random(0), []
+def arrivals(rate: float, seconds: float) -> list[tuple[float, bool]]:
+    """When requests are due, at random, `rate` a second on average, and whether their client leaves early."""
+    chance, due, found = random.Random(0), 0.0, []
+    while due < seconds:
+        found.append((due, chance.random() < LEAVES))
+        due += chance.expovariate(rate)
+    return found
+
+
+def soak(url: str, due: list[tuple[float, bool]]) -> list[Reply]:
+    """Requests that begin when they are due; those whose client left are not in the list."""
+    replies: list[Reply] = []
     limits = httpx.Limits(max_connections=200)
     with httpx.Client(base_url=url, timeout=60, limits=limits) as http, ThreadPoolExecutor(64) as pool:
-        begun = due = time.monotonic()
-        number = 0
-        while due < begun + seconds:
-            time.sleep(max(0.0, due - time.monotonic()))
-            if chance.random() < LEAVES:
+        begun = time.monotonic()
+        for number, (at, leaves) in enumerate(due):
+            time.sleep(max(0.0, begun + at - time.monotonic()))
+            if leaves:
                 pool.submit(_leave, http, LOAD.prompt(0, number))
             else:
                 pool.submit(lambda n=number: replies.append(ask(http, LOAD.prompt(0, n), LOAD)))
-            due += chance.expovariate(rate)
-            number += 1
     return replies
+
+
+class Probe:
+    """Measures the machine beside the service: a fixed piece of work every two seconds, and time stolen by others."""
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+        self._stolen, self._ended = psutil.cpu_times(), threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def end(self) -> dict[str, float]:
+        """Milliseconds that the piece of work took of a core, and the share of all cores' time that others had."""
+        self._ended.set()
+        self._thread.join()
+        before, after = self._stolen, psutil.cpu_times()
+        return {
+            "work_ms_p50": round(1000 * percentile(self._seconds, 0.5), 3),
+            "work_ms_p90": round(1000 * percentile(self._seconds, 0.9), 3),
+            "stolen": round((after.steal - before.steal) / (sum(after) - sum(before)), 4),
+        }
+
+    def _run(self) -> None:
+        while not self._ended.wait(PROBE_EVERY_S):
+            begun = time.thread_time()
+            for _ in range(PROBE_ROUNDS):
+                pass
+            self._seconds.append(time.thread_time() - begun)
 
 
 def _leave(http: httpx.Client, prompt: str) -> None:
@@ -113,31 +151,61 @@ def _leave(http: httpx.Client, prompt: str) -> None:
         next(response.iter_raw())
 
 
-def latency_of_thirds(replies: list[Reply]) -> list[dict[str, float]]:
-    """Seconds of a whole answer in the first, the second and the last third."""
-    ordered = sorted(replies, key=lambda reply: reply.begun)
-    third = len(ordered) // 3
-    parts = [[reply.total_s for reply in ordered[i * third : (i + 1) * third]] for i in range(3)]
-    return [{f"p{share}": round(percentile(part, share / 100), 4) for share in (50, 90, 95, 99)} for part in parts]
+def latency(replies: list[Reply]) -> dict[str, float]:
+    """Seconds of whole answers."""
+    seconds = [reply.total_s for reply in replies]
+    return {f"p{share}": round(percentile(seconds, share / 100), 4) for share in (50, 90, 95, 99)}
 
 
-def findings(stage: Stage, replies: list[Reply], before: Census, after: Census) -> list[Finding]:
-    """What drifted and what is left."""
-    ordered = sorted(replies, key=lambda reply: reply.begun)
-    third = len(ordered) // 3
-    first, last = (percentile([r.total_s for r in part], 0.99) for part in (ordered[:third], ordered[-third:]))
-    memory = 100 * (after.resident_mb / before.resident_mb - 1)
+@dataclass(frozen=True, slots=True)
+class Third:
+    """A third of the time: its replies, their latency, how fast the machine was, and what was held at its end."""
+
+    replies: list[Reply]
+    latency: dict[str, float]
+    machine: dict[str, float]
+    after: Census
+
+
+def findings(stage: Stage, before: Census, thirds: list[Third]) -> list[Finding]:
+    """What drifted and what is left. Pools of threads or connections may grow to their size; what leaks grows on."""
+    first, last = thirds[0], thirds[-1]
+    earlier = [before, *(third.after for third in thirds[:-1])]
+
+    def gained(what: str) -> int:
+        return getattr(last.after, what) - max(getattr(census, what) for census in earlier)
+
+    drift = 100 * (last.latency["p99"] / first.latency["p99"] - 1)
+    memory = 100 * (last.after.resident_mb / before.resident_mb - 1)
+    failed = sum(reply.failed for third in thirds for reply in third.replies)
+    reason = "The machine's speed meanwhile, first and last third: " + " and ".join(
+        f"{third.machine['work_ms_p50']} ms for a fixed piece of work (p90 {third.machine['work_ms_p90']}), "
+        f"{100 * third.machine['stolen']:.1f} % stolen"
+        for third in (first, last)
+    )
     return [
-        equal("requests that failed", sum(reply.failed for reply in replies), 0),
+        equal("requests that failed", failed, 0),
         equal("requests left running", stage.metric("unmask_requests_running"), 0.0),
         equal("requests left in the engine", stage.metric("vllm:num_requests_running"), 0.0),
-        at_most("p99 of the last third over the first, drift", 100 * (last / first - 1), 10, "%", reason=DRIFT),
+        at_most("p99 of the last third over the first, drift", drift, 10, "%", reason=f"{reason}."),
         at_most("memory drift", memory, 2, "%"),
-        at_most("threads gained", after.threads - before.threads, 0, "threads"),
-        at_most("sockets gained", after.sockets - before.sockets, 0, "sockets"),
-        at_most("open files gained", after.files - before.files, 0, "files"),
-        at_most("shared memory segments gained", after.segments - before.segments, 0, "segments"),
+        at_most("threads gained in the last third", gained("threads"), 0, "threads"),
+        at_most("sockets gained in the last third", gained("sockets"), 0, "sockets"),
+        at_most("open files gained in the last third", gained("files"), 0, "files"),
+        at_most("shared memory segments gained in the last third", gained("segments"), 0, "segments"),
     ]
+
+
+def measure_third(stage: Stage, due: list[tuple[float, bool]]) -> Third:
+    """Run the arrivals beside the probe, and let the service come to rest."""
+    probe = Probe()
+    try:
+        replies = soak(stage.service.url, due)
+    finally:
+        machine = probe.end()
+    wait_until(lambda: stage.metric("unmask_requests_running") == 0, 30)
+    time.sleep(REST_S)
+    return Third(replies, latency(replies), machine, census())
 
 
 def main() -> None:
@@ -153,21 +221,21 @@ def main() -> None:
         wait_until(stage.is_whole, 120)
         capacity(url, 10)  # warms every path
         most = capacity(url, 20)
-        soak(url, arguments.share * most, WARM_UP_S)  # thread pools grow to what this rate needs
+        rate, seconds = arguments.share * most, 60 * arguments.minutes
+        soak(url, arrivals(rate, WARM_UP_S))  # thread pools grow to what this rate needs
+        time.sleep(REST_S)
         before = census()
-        replies = soak(url, arguments.share * most, 60 * arguments.minutes)
-        wait_until(lambda: stage.metric("unmask_requests_running") == 0, 30)
-        time.sleep(5)  # connections that clients left open are closed by then
-        after = census()
-        found = findings(stage, replies, before, after)
+        thirds = [measure_third(stage, arrivals(rate, seconds / 3)) for _ in range(3)]
+        found = findings(stage, before, thirds)
         stage.service.shutdown()
+    answers = sum(len(third.replies) for third in thirds)
     share = f"{100 * arguments.share:.0f} % of {most:.1f} requests/s"
-    scale = f"{arguments.minutes:g} minutes at {share}, {len(replies)} answers"
+    scale = f"{arguments.minutes:g} minutes at {share}, {answers} answers"
     figures = {
         "scale": scale,
-        "before": asdict(before),
-        "after": asdict(after),
-        "latency": latency_of_thirds(replies),
+        "held": [asdict(before), *(asdict(third.after) for third in thirds)],
+        "latency": [third.latency for third in thirds],
+        "machine": [third.machine for third in thirds],
         "findings": [asdict(f) for f in found],
     }
     print(json.dumps(figures, indent=2))

@@ -76,6 +76,7 @@ class ContainerSecurity(Shape):
     """SecurityContext of a container."""
 
     allowPrivilegeEscalation: Literal[False]
+    readOnlyRootFilesystem: Literal[True]
     capabilities: Capabilities
 
 

@@ -36,8 +36,8 @@ def head() -> Iterator[Head]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """With a recipe of two actors that take 15 seconds a row."""
-    write_recipe(tmp_path, rows=8, min_actors=2, seconds=15, max_num_seqs=256)
+    """Of two actors that take 20 seconds for four rows: half of the rows are left to the later one."""
+    write_recipe(tmp_path, rows=8, min_actors=2, seconds=20, max_num_seqs=1)
     return tmp_path
 
 

@@ -112,8 +112,9 @@ def test_two_workers_train_one_draft(run_dir: Path) -> None:
 
 
 def test_another_setting_is_refused_by_name(run_dir: Path) -> None:
-    finished = subprocess.run(
-        command(run_dir, "distill.max_steps=6", "distill.seed=9"), capture_output=True, text=True, check=False
-    )
+    steps = "distill.max_steps=6"
+    begun = subprocess.run(command(run_dir, steps, "--fresh"), capture_output=True, text=True, check=False)
+    assert begun.returncode == 0, begun.stderr
+    finished = subprocess.run(command(run_dir, steps, "distill.seed=9"), capture_output=True, text=True, check=False)
     assert finished.returncode == 2
     assert finished.stderr.splitlines()[-1].startswith("error: distill.seed: is 9, but")

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ import openai
 import pytest
 
 from tests.diffusion_tools import LLAMA
+from tests.fault.record import at_most, conclude
 from tests.serve.test_service import alive, metric, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -192,6 +194,16 @@ def test_a_killed_replica_loses_no_token(client: httpx.Client, service, name: st
         assert [answer.result() for answer in answers] == [whole] * 6
     assert metric(client, "unmask_requests_resumed_total") > resumed
     wait_until(lambda: not alive(victim), 20)
+
+
+def test_a_killed_replica_is_back_soon(service):
+    wait_until(lambda: len(service.diffusion_pids()) == 2, 60)
+    before = set(service.diffusion_pids())
+    begun = time.monotonic()
+    os.kill(min(before), signal.SIGKILL)
+    wait_until(lambda: set(service.diffusion_pids()) - before, 120)
+    back = at_most("ready again after", time.monotonic() - begun, 10)
+    conclude("F4", "SIGKILL one of two replicas of a diffusion LM", "no load", [back])
 
 
 def test_shutdown_finishes_what_has_begun(client: httpx.Client, service):

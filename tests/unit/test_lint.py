@@ -133,6 +133,11 @@ BROKEN_SERVICES = [
     (f"{TARGETS}.template.spec.containers.0.resources.limits.cpu", "4", "requests 8 of cpu, more than its limit 4"),
     (f"{TARGETS}.template.spec.containers.0.securityContext", {"runAsUser": 0}, "securityContext"),
     (f"{TARGETS}.template.spec.securityContext.runAsNonRoot", False, "runAsNonRoot"),
+    (
+        f"{TARGETS}.template.spec.containers.0.securityContext.readOnlyRootFilesystem",
+        False,
+        "securityContext.readOnlyRootFilesystem",
+    ),
     (f"{TARGETS}.template.spec.volumes", [], "mounts 'shared', which is no volume of the pod"),
     ("spec.serveConfigV2", "applications: [{import_path: a:b}]", "import_path: is 'a:b'"),
     ("spec.serveConfigV2", "applications: [{import_path: 'serve_app.app:build', args: {drafts: x}}]", "args.drafts"),

@@ -13,24 +13,29 @@ import torch
 from tests.ahead_tools import CountingEngine, new_engine
 from tests.pairing_tools import BLOCK_SIZE, HIDDEN, eventually, row
 from unmask.errors import WireError
-from unmask.pairing.announcement import Announcement, decode_tokens
+from unmask.pairing.announcement import Announcement, check_tokens, decode_tokens
 from unmask.pairing.batcher import Batcher
 from unmask.pairing.channel import Channel
 from unmask.pairing.draft_engine import DraftEngine
 from unmask.pairing.local_drafting import LocalDrafting
+from unmask.pairing.mailbox_words import STEP_MASK, signed
 from unmask.pairing.relay import Relay
 from unmask.pairing.wire import MAX_MESSAGE_BYTES, Kind, Proposals, Step, pack_rows, tensor_bytes
 
 K = BLOCK_SIZE - 1
-TAG = 2**32 - 5
-"""The target's own number of a step."""
+TAG = 2**32 - 3
+"""Where the target's own numbers of steps begin; they go round."""
+
+
+def numbered(step: int) -> int:
+    return (TAG + step) & STEP_MASK
 
 
 def announced(
-    engine: DraftEngine, requests: list[int], k: int = K, longest: int = 6, max_rows: int = 64
+    engine: DraftEngine, requests: list[int], k: int = K, longest: int = 6, max_rows: int = 64, number: int = TAG
 ) -> Announcement:
     return Announcement(
-        number=TAG,
+        number=number,
         draft_version=engine.version,
         num_speculative_tokens=k,
         requests=np.array(requests, dtype=np.uint64),
@@ -57,7 +62,7 @@ def step_of(engine: DraftEngine, number: int, rows: list[tuple[int, int, int, in
 
 def laid_rows(step: Step, tag: int) -> np.ndarray:
     """int32 [R, 4] as a target's GPU lays them, with a tag of its own."""
-    rows = np.full((len(step.rows), 4), tag, dtype=np.int32)
+    rows = np.full((len(step.rows), 4), signed(tag), dtype=np.int32)
     for column, name in enumerate(("start", "num_features", "last_token")):
         rows[:, column] = step.rows[name]
     return rows
@@ -90,17 +95,19 @@ class Relayed:
         eventually(lambda: self.engine.resident_pages == self.twin.resident_pages)
         eventually(lambda: self.engine.proposals_with_gap == self.twin.proposals_with_gap)
 
-    def send_rows(self, step: Step, tag: int = 77) -> np.ndarray:
+    def send_rows(self, step: Step, tag: int) -> np.ndarray:
         self.theirs.send(Kind.ROWS, [laid_rows(step, tag).data, tensor_bytes(step.features)])
         _, num_bytes = self.channel.begin([Kind.ROWS], MAX_MESSAGE_BYTES)
         payload = self.relay.answer_announced(self.channel, num_bytes)
         self.relay.reply_sent()
-        words = decode_tokens(payload, len(step.rows), step.num_speculative_tokens, self.vocab_size)
-        return np.where(words >> 32 == -5, words & 0xFFFFFFFF, -1)
+        check_tokens(payload, len(step.rows), step.num_speculative_tokens, self.vocab_size)
+        tokens, counts = decode_tokens(payload, len(step.rows), tag)
+        return np.where(np.arange(tokens.shape[1]) < counts[:, None], tokens, -1)
 
-    def check_announced(self, step: Step, k: int = K, longest: int = 6) -> None:
-        self.relay.announce(announced(self.engine, step.rows["request"].tolist(), k, longest))
-        tokens = self.send_rows(step)
+    def check_announced(self, step: Step, k: int = K, longest: int = 6, number: int | None = None) -> None:
+        number = numbered(step.number) if number is None else number
+        self.relay.announce(announced(self.engine, step.rows["request"].tolist(), k, longest, number=number))
+        tokens = self.send_rows(step, number)
         (expected,) = self.twin.step([(0, step)])
         kept = np.arange(k) < expected.counts[:, None]
         assert tokens.tolist() == np.where(kept, expected.tokens, -1).tolist()
@@ -128,6 +135,21 @@ def test_what_was_announced_or_not_is_answered_alike(relayed) -> None:
         eventually(lambda: engine.ahead_steps == 3)
 
 
+def test_a_step_keeps_the_number_of_its_target_where_that_is_new(relayed) -> None:
+    """Old ones are those of steps that were let go, and of targets that are mistaken."""
+    engine, relay = relayed.engine, relayed.relay
+    relayed.check_announced(step_of(engine, 1, [(7, 0, 6, 3), (8, 0, 4, 4)]))
+    assert relay._number == numbered(1)
+    relayed.check_announced(step_of(engine, 2, [(7, 6, 2, 5), (8, 4, 3, 6)]), number=numbered(9))
+    assert relay._number == numbered(9)
+    for number in (9, 8, 10):
+        at = 8 + relay._number - numbered(9)
+        relayed.check_announced(step_of(engine, number, [(7, at, 1, 5)]))
+    assert relay._number == numbered(12)
+    relayed.check_announced(step_of(engine, 13, [(7, 11, 1, 5)]))
+    assert relay._number == numbered(13)
+
+
 def test_an_announced_step_that_never_comes_is_let_go(relayed) -> None:
     engine, relay = relayed.engine, relayed.relay
     relayed.check(step_of(engine, 1, [(7, 0, 9, 3), (8, 0, 4, 4)]))
@@ -149,7 +171,7 @@ def test_an_announced_step_that_never_comes_is_let_go(relayed) -> None:
 def test_more_than_was_announced_is_refused(relayed) -> None:
     engine, relay = relayed.engine, relayed.relay
     with pytest.raises(WireError, match="not announced"):
-        relayed.send_rows(step_of(engine, 2, [(7, 0, 1, 3)]))
+        relayed.send_rows(step_of(engine, 2, [(7, 0, 1, 3)]), TAG)
     with pytest.raises(WireError, match="requests"):
         relay.announce(announced(engine, list(range(9))))
     with pytest.raises(WireError, match="rows"):
@@ -159,19 +181,21 @@ def test_more_than_was_announced_is_refused(relayed) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("rows", "tag", "message"),
     [
-        ([(7, 0, 7, 3)], "more than were announced"),
-        ([(7, 0, 2, 3), (8, 0, 2, 3)], "bytes for 1 requests"),
-        ([(7, 0, 2, 10**6)], "outside the sequence or the vocabulary"),
-        ([(7, 2**31, 2, 3)], "outside the sequence or the vocabulary"),
+        ([(7, 0, 7, 3)], TAG, "more than were announced"),
+        ([(7, 0, 2, 3), (8, 0, 2, 3)], TAG, "bytes for 1 requests"),
+        ([(7, 0, 2, 10**6)], TAG, "outside the sequence or the vocabulary"),
+        ([(7, 2**31, 2, 3)], TAG, "outside the sequence or the vocabulary"),
+        ([(7, 0, 2, 3)], TAG + 1, "of another step"),
     ],
 )
-def test_rows_that_are_not_what_was_announced_are_refused(relayed, rows, message: str) -> None:
+def test_rows_that_are_not_what_was_announced_are_refused(relayed, rows, tag: int, message: str) -> None:
+    """Even with the number that the mailbox would believe."""
     relay = relayed.relay
     relay.announce(announced(relayed.engine, [7]))
+    assert relay._number == TAG
     before = relay._box.rows.copy()
-    # With the number that the mailbox would believe.
     with pytest.raises(WireError, match=message):
-        relayed.send_rows(step_of(relayed.engine, 1, rows), tag=relay._number)
+        relayed.send_rows(step_of(relayed.engine, 1, rows), tag)
     assert (relay._box.rows == before).all()

@@ -14,6 +14,7 @@ from unmask.pairing import wire
 from unmask.pairing.announcement import (
     Announcement,
     check_rows,
+    check_tokens,
     decode_announcement,
     decode_tokens,
     encode_announcement,
@@ -21,7 +22,7 @@ from unmask.pairing.announcement import (
     num_feature_rows,
 )
 from unmask.pairing.hello import decode_hello
-from unmask.pairing.mailbox_words import STEP_MASK, signed
+from unmask.pairing.mailbox_words import signed
 from unmask.pairing.wire import Kind, Proposals, Step
 from unmask.types import ProposalRow
 
@@ -224,18 +225,28 @@ def test_a_damaged_announcement_is_refused_or_says_something_else(announcement: 
 @pytest.mark.parametrize("number", [0, 1, 2**31 - 1, 2**31, 2**32 - 1])
 def test_valid_tokens_bear_the_number_of_their_step_and_no_others(number: int) -> None:
     tokens, valid = np.array([[1, 2, 0], [5, 0, 3]]), np.array([[1, 1, 0], [1, 0, 0]], dtype=bool)
-    words = decode_tokens(encode_tokens(tokens, valid, number), 2, 3, 6)
+    payload = encode_tokens(tokens, valid, number)
+    words = np.frombuffer(payload, dtype="<i8").reshape(2, 3)
     assert ((words >> 32 == signed(number)) == valid).all()
-    assert (words[valid] & STEP_MASK).tolist() == [1, 2, 5]
+    ids, counts = decode_tokens(payload, 2, number)
+    assert counts.tolist() == [2, 1]
+    assert ids[valid].tolist() == [1, 2, 5]
+    assert decode_tokens(payload, 2, number ^ 1)[1].tolist() == [0, 0]
+
+
+def test_what_follows_a_gap_is_not_valid() -> None:
+    payload = encode_tokens(np.array([[1, 2, 3]]), np.array([[True, False, True]]), 7)
+    assert decode_tokens(payload, 1, 7)[1].tolist() == [1]
 
 
 def test_tokens_outside_the_vocabulary_or_of_another_size_are_refused() -> None:
     payload = encode_tokens(np.array([[1, 2], [6, 0]]), np.ones((2, 2), dtype=bool), 7)
-    assert decode_tokens(payload, 2, 2, 7).shape == (2, 2)
+    check_tokens(payload, 2, 2, 7)
+    check_tokens(b"", 2, 0, 7)
     with pytest.raises(WireError, match="outside the vocabulary"):
-        decode_tokens(payload, 2, 2, 6)
+        check_tokens(payload, 2, 2, 6)
     with pytest.raises(WireError, match="for 2 x 3 tokens"):
-        decode_tokens(payload, 2, 3, 7)
+        check_tokens(payload, 2, 3, 7)
 
 
 @pytest.mark.parametrize("num_bytes", [31, 32 + 7, 32 - 8])
@@ -257,14 +268,30 @@ def test_a_message_of_rows_that_cannot_be_cut_is_refused(num_bytes: int) -> None
     ],
 )
 def test_rows_are_what_was_announced(row: tuple[int, int, int], message: str | None) -> None:
-    rows = np.array([[3, 2, 9, 7], [*row, 7]], dtype=np.int32)
-    if message is None:
-        check_rows(rows.data.cast("B"), 6, longest=4, vocab_size=10)
-        with pytest.raises(WireError, match="more than were announced"):
-            check_rows(rows.data.cast("B"), 6, longest=3, vocab_size=10)
+    number = 2**32 - 7
+    rows = np.array([[3, 2, 9, -7], [*row, -7]], dtype=np.int32)
+    if message is not None:
+        with pytest.raises(WireError, match=message):
+            check_rows(rows.data.cast("B"), 6, of_two_requests(number, longest=4), vocab_size=10)
         return
-    with pytest.raises(WireError, match=message):
-        check_rows(rows.data.cast("B"), 6, longest=4, vocab_size=10)
+    check_rows(rows.data.cast("B"), 6, of_two_requests(number, longest=4), vocab_size=10)
+    with pytest.raises(WireError, match="more than were announced"):
+        check_rows(rows.data.cast("B"), 6, of_two_requests(number, longest=3), vocab_size=10)
+    with pytest.raises(WireError, match="of another step"):
+        check_rows(rows.data.cast("B"), 6, of_two_requests(number + 1, longest=4), vocab_size=10)
+
+
+def of_two_requests(number: int, longest: int) -> Announcement:
+    return Announcement(
+        number=number,
+        draft_version=1,
+        num_speculative_tokens=3,
+        requests=np.array([1, 2], dtype=np.uint64),
+        finished=np.empty(0, dtype=np.uint64),
+        longest=longest,
+        max_requests=2,
+        max_rows=8,
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.mailbox_tools import LAYOUT
-from unmask.pairing.announcement import decode_tokens, encode_tokens
+from unmask.pairing.announcement import encode_tokens
 from unmask.pairing.mailbox import Control, Mailbox
 from unmask.pairing.mailbox_words import ANSWERED, BEGUN, DOORBELL, LATE, REPLY, signed
 from unmask.pairing.wire_end import WireEnd
@@ -38,16 +38,15 @@ class Step:
         self.end = WireEnd(self.box, self.control, self.ask)
         valid = np.ones((2, K), dtype=bool)
         valid[1, 1:] = False
-        payload = encode_tokens(np.arange(2 * K).reshape(2, K), valid, NUMBER)
-        self.reply: np.ndarray | None = decode_tokens(payload, 2, K, 2 * K)
+        self.reply: bytes | None = encode_tokens(np.arange(2 * K).reshape(2, K), valid, NUMBER)
 
-    def ask(self, parts: list[memoryview], deliver: Callable[[np.ndarray], None]) -> bool:
+    def ask(self, parts: list[memoryview], deliver: Callable[[memoryview], None]) -> bool:
         rows, features = parts
         laid = np.frombuffer(rows, dtype=np.int32).reshape(2, 4)
         self.asked.append((laid.tolist(), np.frombuffer(features, np.float32)[:: LAYOUT.width].tolist()))
         self.before()
         if self.reply is not None:
-            deliver(self.reply)
+            deliver(memoryview(self.reply))
         return self.reply is not None
 
     def before(self) -> None:

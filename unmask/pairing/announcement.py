@@ -23,7 +23,7 @@ class Announcement:
     """A step to come.
 
     Attributes:
-        number: uint32 that its tokens are to bear.
+        number: uint32 that its rows bear, and its tokens are to bear.
         draft_version: of the projection that will make its features.
         num_speculative_tokens: K.
         requests: uint64 numbers [R], in the order of the rows to come.
@@ -90,13 +90,15 @@ def num_feature_rows(num_bytes: int, num_requests: int, row_bytes: int) -> int:
     return num_rows
 
 
-def check_rows(rows: memoryview, num_features: int, longest: int, vocab_size: int) -> None:
+def check_rows(rows: memoryview, num_features: int, announced: Announcement, vocab_size: int) -> None:
     """Refuse rows int32 [R, 4] that are not what was announced. Raises WireError."""
     # Lists, for the first array operation after a rest takes ten times as long.
     words = rows.cast("i").tolist()
-    starts, counts, tokens = words[::4], words[1::4], words[2::4]
-    if sum(counts) != num_features or min(counts, default=0) < 0 or max(counts, default=0) > longest:
+    starts, counts, tokens, tags = words[::4], words[1::4], words[2::4], words[3::4]
+    if sum(counts) != num_features or min(counts, default=0) < 0 or max(counts, default=0) > announced.longest:
         raise WireError("the rows of a ROWS message do not add up to its features, or are more than were announced")
+    if tags.count(signed(announced.number)) != len(tags):
+        raise WireError("a row of a ROWS message is of another step")
     if min(starts, default=0) < 0 or max(tokens, default=0) >= vocab_size:
         raise WireError("a row of a ROWS message lies outside the sequence or the vocabulary")
 
@@ -107,11 +109,17 @@ def encode_tokens(tokens: np.ndarray, valid: np.ndarray, number: int) -> bytes:
     return np.where(valid, own | tokens.astype(np.int64), other).tobytes()
 
 
-def decode_tokens(payload: Buffer, num_requests: int, k: int, vocab_size: int) -> np.ndarray:
-    """Token words int64 [R, K] of a TOKENS payload. Raises WireError."""
+def check_tokens(payload: Buffer, num_requests: int, k: int, vocab_size: int) -> None:
+    """Refuse a TOKENS payload that does not hold R x K words with ids of the vocabulary. Raises WireError."""
     if len(payload) != 8 * num_requests * k:
         raise WireError(f"a TOKENS message of {len(payload)} bytes for {num_requests} x {k} tokens")
-    words = np.frombuffer(payload, dtype="<i8").reshape(num_requests, k)
-    if (words & STEP_MASK).max(initial=0) >= vocab_size:
+    # A list, as in `check_rows`.
+    if max(memoryview(payload).cast("I")[::2].tolist(), default=0) >= vocab_size:
         raise WireError("a proposal outside the vocabulary")
-    return words
+
+
+def decode_tokens(payload: Buffer, num_requests: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids int32 [R, K] of a TOKENS payload that was checked, and how many of each row are valid: uint8 [R]."""
+    words = np.frombuffer(payload, dtype="<i8").reshape(num_requests, -1)
+    valid = np.logical_and.accumulate(words >> 32 == signed(number), axis=1)
+    return (words & STEP_MASK).astype(np.int32), valid.sum(axis=1, dtype=np.uint8)

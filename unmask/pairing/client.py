@@ -197,7 +197,7 @@ class DraftLink:
         return k
 
     def ask_announced(
-        self, control: Control, k: int, parts: Sequence[memoryview], deliver: Callable[[np.ndarray], None]
+        self, control: Control, k: int, parts: Sequence[memoryview], deliver: Callable[[memoryview], None]
     ) -> bool:
         """Proposals for the step that was announced last.
 
@@ -205,7 +205,8 @@ class DraftLink:
             control: the step.
             k: what `announce` has returned.
             parts: bytes of the rows int32 [R, 4] and of the features [T, H].
-            deliver: called with token words int64 [R, K] (see `Mailbox.answer_words`) before all bookkeeping.
+            deliver: called before all bookkeeping with the bytes of token words int64 [R, K] (see
+                `Mailbox.answer_words`).
 
         Returns:
             False without proposals.

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from unmask.errors import WireError
-from unmask.pairing.announcement import Announcement, decode_tokens, encode_announcement
+from unmask.pairing.announcement import Announcement, check_tokens, decode_tokens, encode_announcement
 from unmask.pairing.channel import Channel
 from unmask.pairing.handshake import authenticate_as_target, read_secret
 from unmask.pairing.hello import Hello, TargetShape, decode_hello
 from unmask.pairing.link_file import LinkConfig
 from unmask.pairing.mailbox import Control
-from unmask.pairing.mailbox_words import STEP_MASK, signed
 from unmask.pairing.polling import Attention
 from unmask.pairing.wire import (
     MAX_MESSAGE_BYTES,
@@ -122,7 +121,7 @@ class DraftConnection:
         control: Control,
         k: int,
         parts: Sequence[memoryview],
-        deliver: Callable[[np.ndarray], None],
+        deliver: Callable[[memoryview], None],
         *,
         deadline: float,
     ) -> Proposals:
@@ -133,15 +132,12 @@ class DraftConnection:
         self._steps += 1
         self.channel.send(Kind.ROWS, parts, deadline)
         payload = _receive(self.channel, Kind.TOKENS, MAX_MESSAGE_BYTES, deadline, self._attention)
-        words = decode_tokens(payload, len(control.requests), k, self.hello.vocab_size)
-        deliver(words)
-        valid = np.logical_and.accumulate(words >> 32 == signed(control.number), axis=1)
+        num_requests = len(control.requests)
+        check_tokens(payload, num_requests, k, self.hello.vocab_size)
+        deliver(payload)
+        tokens, counts = decode_tokens(payload, num_requests, control.number)
         return Proposals(
-            draft_version=self.hello.draft_version,
-            epoch=self._epoch,
-            number=self._steps,
-            counts=valid.sum(axis=1, dtype=np.uint8),
-            tokens=(words & STEP_MASK).astype(np.int32),
+            draft_version=self.hello.draft_version, epoch=self._epoch, number=self._steps, counts=counts, tokens=tokens
         )
 
     def close(self) -> None:

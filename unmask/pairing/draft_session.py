@@ -185,7 +185,7 @@ class DraftSession:
         num_features = num_feature_rows(len(payload), num_requests, weights.shape[0] * weights.dtype.itemsize)
         laid = np.frombuffer(payload, dtype="<i4", count=4 * num_requests).reshape(-1, 4)
         laid_bytes = payload[: ROW_BYTES * num_requests]
-        check_rows(laid_bytes, num_features, announced.longest, self._engine.hello.vocab_size)
+        check_rows(laid_bytes, num_features, announced, self._engine.hello.vocab_size)
         rows = np.zeros(num_requests, dtype=ROW)
         rows["request"] = announced.requests
         rows["start"], rows["num_features"], rows["last_token"] = laid[:, 0], laid[:, 1], laid[:, 2]

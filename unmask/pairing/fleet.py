@@ -182,7 +182,7 @@ class DraftFleet:
         return k
 
     def ask_announced(
-        self, control: Control, k: int, parts: Sequence[memoryview], deliver: Callable[[np.ndarray], None]
+        self, control: Control, k: int, parts: Sequence[memoryview], deliver: Callable[[memoryview], None]
     ) -> bool:
         """See `DraftLink.ask_announced`."""
         return self.links[0].ask_announced(control, k, parts, deliver)

@@ -187,6 +187,11 @@ class Mailbox(MailboxWords):
         """The first feature rows as they lie."""
         return self._bytes[self.layout.features_at :][: num_rows * self.layout.row_bytes]
 
+    def token_bytes(self, num_requests: int, k: int) -> list[memoryview]:
+        """The first K token words of each request as they lie."""
+        first, size = self.layout.tokens_at, 8 * self.layout.max_k
+        return [self._bytes[at : at + 8 * k] for at in range(first, first + num_requests * size, size)]
+
     def is_intact(self, number: int) -> bool:
         """Whether what was read of a step's rows and features is what the GPU wrote for it."""
         return self.word(BEGUN) == number
@@ -213,13 +218,14 @@ class Mailbox(MailboxWords):
         self.release(number)
         return True
 
-    def answer_words(self, number: int, words: np.ndarray, draft_ns: int) -> bool:
-        """`answer` for token words int64 [R, K], of which those of proposals bear the number of the step."""
+    def answer_words(self, number: int, words: memoryview, num_requests: int, draft_ns: int) -> bool:
+        """`answer` for the bytes of token words int64 [R, K]; those of proposals bear the number of the step."""
         if is_reached(self.word(REPLY), number):
             self.set_word(LATE, self.word(LATE) + 1)
             return False
-        num_rows, k = words.shape
-        self.tokens[:num_rows, :k] = words
+        size = len(words) // num_requests
+        for i, row in enumerate(self.token_bytes(num_requests, size // 8)):
+            row[:] = words[i * size : (i + 1) * size]
         self.release(number)
         self.count_answer(draft_ns)
         return True

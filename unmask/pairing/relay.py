@@ -22,7 +22,7 @@ from unmask.pairing.local_drafting import LocalDrafting
 from unmask.pairing.mailbox import Control, Mailbox
 from unmask.pairing.mailbox_layout import MAX_HASHES, Layout
 from unmask.pairing.mailbox_reader import MailboxService
-from unmask.pairing.mailbox_words import BEGUN, DOORBELL, REPLY, STEP_MASK, TAKEN, is_reached, signed
+from unmask.pairing.mailbox_words import BEGUN, CONTROL, DOORBELL, REPLY, STEP_MASK, TAKEN, is_reached, signed
 from unmask.pairing.polling import SHORT_REST_S, Attention, sharpen_timer
 from unmask.pairing.wire import MAX_MESSAGE_BYTES, MAX_SPECULATIVE_TOKENS, Proposals, Step
 
@@ -63,6 +63,9 @@ class Relay:
         # Both ends have it mapped already: nobody else shall find it.
         self._box.remove()
         self._drafting, self._vocab_size = drafting, vocab_size
+        # Steps keep the numbers that their target has given them, so that rows and tokens can pass as they lie.
+        for word in (CONTROL, TAKEN, BEGUN, DOORBELL, REPLY):
+            self._box.set_word(word, announcement.number - 1)
         drafting.open(self._box)
         self._sent = self._box.word(REPLY)
         """The last step whose reply is on its way."""
@@ -91,7 +94,7 @@ class Relay:
         if step is not None and 0 < len(step.page_hashes) <= MAX_HASHES:
             told = {"num_hashes": step.rows["num_hashes"], "page_hashes": step.page_hashes}
         self._let_go()
-        self._number = (self._number + 1) & STEP_MASK
+        self._number = self._next_number(announcement if step is None else None)
         self._announced = announcement
         self._box.post(
             Control(
@@ -127,13 +130,16 @@ class Relay:
             raise WireError("more feature rows than were announced")
         # Checked before any of it lies in the mailbox, whose rows a GPU believes if they bear the right number.
         rows = channel.read(ROW_BYTES * num_rows)
-        check_rows(rows, num_features, announced.longest, self._vocab_size)
+        check_rows(rows, num_features, announced, self._vocab_size)
         box.set_word(BEGUN, number)
-        box.rows[:num_rows] = np.frombuffer(rows, dtype="<i4").reshape(-1, 4)
-        box.rows[:num_rows, 3] = signed(number)
+        box.row_bytes(num_rows)[:] = rows
+        if number != announced.number:
+            box.rows[:num_rows, 3] = signed(number)
         channel.read_into(box.feature_bytes(num_features))
-        words = self._ring(num_rows, announced.num_speculative_tokens)
-        return encode_tokens(words & STEP_MASK, words >> 32 == signed(number), announced.number)
+        words, k = self._ring(num_rows, announced.num_speculative_tokens), announced.num_speculative_tokens
+        if number != announced.number:
+            return encode_tokens(words & STEP_MASK, words >> 32 == signed(number), announced.number)
+        return b"".join(box.token_bytes(num_rows, k))
 
     def reply_sent(self) -> None:
         """The reply is on its way: the step may be booked."""
@@ -172,6 +178,14 @@ class Relay:
         self._await(REPLY, self._number)
         self._announced = None
         return self._box.tokens[:num_rows, :k]
+
+    def _next_number(self, announcement: Announcement | None) -> int:
+        """The target's own number of an announced step, unless the mailbox has come so far already: a step that was let
+        go and sent after all has two numbers here."""
+        following = (self._number + 1) & STEP_MASK
+        if announcement is not None and is_reached(announcement.number, following):
+            return announcement.number
+        return following
 
     def _announcement_of(self, step: Step) -> Announcement:
         return Announcement(

@@ -5,14 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import numpy as np
-
 from unmask.pairing.mailbox import Control, Mailbox
 from unmask.pairing.mailbox_words import DOORBELL, REPLY, is_reached, signed
 
-Ask = Callable[[list[memoryview], Callable[[np.ndarray], None]], bool]
-"""Sends the bytes of rows and features, hands the token words int64 [R, K] that come back to the second argument, and
-says whether there were any."""
+Ask = Callable[[list[memoryview], Callable[[memoryview], None]], bool]
+"""Sends the bytes of rows and features, hands those of the token words int64 [R, K] that come back to the second
+argument, and says whether there were any."""
 
 
 class WireEnd:
@@ -57,10 +55,11 @@ class WireEnd:
             return
         self._started_ns = time.perf_counter_ns()
         if not self._ask([rows, box.feature_bytes(num_rows)], self._deliver):
-            self._deliver(np.empty((num_requests, 0), np.int64))
+            self._deliver(memoryview(b""))
 
-    def _deliver(self, words: np.ndarray) -> None:
+    def _deliver(self, words: memoryview) -> None:
         box, number = self._mailbox, self._control.number
         self.is_intact = box.is_intact(number)
         if self.is_intact:
-            box.answer_words(number, words, time.perf_counter_ns() - self._started_ns)
+            took_ns = time.perf_counter_ns() - self._started_ns
+            box.answer_words(number, words, len(self._control.requests), took_ns)

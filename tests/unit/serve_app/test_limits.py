@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import httpx
 import pytest
@@ -31,10 +30,8 @@ BAD_BODIES = {
 
 @pytest.mark.parametrize("name", BAD_BODIES)
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
-async def test_a_bad_body_is_a_quick_400(client: httpx.AsyncClient, path: str, name: str):
-    started = time.perf_counter()
+async def test_a_bad_body_is_a_400(client: httpx.AsyncClient, path: str, name: str):
     response = await client.post(path, content=BAD_BODIES[name], headers={**JSON, "X-Request-Id": "mine"})
-    assert time.perf_counter() - started < 0.5
     assert response.status_code == 400, response.text
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
     assert response.headers["x-request-id"] == "mine"
