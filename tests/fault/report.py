@@ -35,6 +35,7 @@ ROWS = {
     "O2": "Clients go away",
     "O3": "A client reads slowly",
     "O4": "A request takes too long",
+    "O5": "Bodies that are no requests",
     "O8": "Soak",
     "O9": "The service's own time",
 }

@@ -16,12 +16,12 @@ TRAINED = "tests/ray/test_distill.py::test_another_setting_is_refused_by_name"
 
 def in_a_namespace(*commands: str) -> subprocess.CompletedProcess[str]:
     """Run shell commands where everything else is mounted read-only; mounts end with them."""
-    mounts = ["mount --make-rprivate /", f"mount -t tmpfs home {shlex.quote(str(Path.home()))}"]
-    for folder in ("/", *{str(ROOT), sys.prefix}):
+    mounts = ["mount --make-rprivate /"]
+    for folder in ("/", *{str(ROOT), sys.prefix, str(Path.home())}):
         path = shlex.quote(folder)
         mounts += [f"mount --bind {path} {path}"] * (folder != "/") + [f"mount -o remount,bind,ro {path}"]
     # Last, for what is mounted after it would hide it.
-    mounts.append("mount -t tmpfs scratch /tmp")
+    mounts += ["mount -t tmpfs scratch /tmp", "mkdir /tmp/home", "export HOME=/tmp/home"]
     script = " && ".join([*mounts, f"cd {shlex.quote(str(ROOT))}", *commands])
     return subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, timeout=500)
 
