@@ -11,7 +11,7 @@ CHOSEN ?= not gpu and not slow
 # A clean installation compiles what it imports, once, whatever the environment says: vLLM takes twice as long without.
 QUIET := PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup demo test test-all reliability unit lint gpu-test audit clean
+.PHONY: setup demo test test-all reliability unit component lint gpu-test audit clean
 
 setup:
 	@requirements/install.sh $(VENV)
@@ -28,8 +28,12 @@ lint: setup
 unit: setup
 	$(QUIET) OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m "$(CHOSEN)" tests/unit
 
+# Whole engines and processes over tiny networks, without Ray and vLLM.
+component: setup
+	$(QUIET) OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m "$(CHOSEN)" tests/component
+
 # One after another, each in a process of its own: they start engines and clusters that fill the machine.
-test: lint unit
+test: lint unit component
 	@set -e; for suite in $(SYSTEM_TESTS); do \
 	    echo "== $$suite"; $(QUIET) $(PY) -m pytest -q -m "$(CHOSEN)" $$suite; \
 	done

@@ -17,7 +17,8 @@ from serve_app.backend import BackendUnavailableError
 from serve_app.diffusion_engine import StreamingEngine
 from serve_app.ingress import create_app
 from serve_app.service import Service
-from tests.unit.serve_app.diffusion_service import DECODERS, LENGTH, MASK, library, network, service_of
+from tests.component.diffusion_service import DECODERS, LENGTH, MASK, library, network, service_of
+from tests.unit.serve_app.conftest import byte_tokenizer
 from unmask.decoding.engine import EngineConfig
 from unmask.decoding.generate import generate
 from unmask.decoding.library import DecoderLibrary
@@ -27,9 +28,14 @@ from unmask.models.transformer import DiffusionLM
 from unmask.types import SamplingOptions
 
 
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
 @pytest.fixture
-def services(fast_tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Service, Service]]:
-    made = service_of("bidirectional", fast_tokenizer), service_of("block_causal", fast_tokenizer)
+def services(tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Service, Service]]:
+    made = service_of("bidirectional", tokenizer), service_of("block_causal", tokenizer)
     yield made
     for service in made:
         service.backend.engine.stop()
@@ -95,10 +101,10 @@ def expected(name: str, tokenizer: PreTrainedTokenizerFast, prompt: str, **optio
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("temperature", [0, 0.9])
 async def test_the_answer_is_the_plain_loops(
-    client: httpx.AsyncClient, fast_tokenizer: PreTrainedTokenizerFast, name: str, temperature: float
+    client: httpx.AsyncClient, tokenizer: PreTrainedTokenizerFast, name: str, temperature: float
 ):
     options = {"temperature": temperature, "seed": 5}
-    text, tokens, reason, forwards = expected(name, fast_tokenizer, "diffusion", **options)
+    text, tokens, reason, forwards = expected(name, tokenizer, "diffusion", **options)
     answer = await ask(client, **body(name, return_metrics=True, **options))
     [choice] = answer["choices"]
     assert (choice["text"], choice["finish_reason"]) == (text, reason)

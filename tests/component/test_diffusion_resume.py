@@ -11,7 +11,7 @@ from ray.exceptions import RayActorError
 
 from serve_app.diffusion_engine import StreamingEngine
 from serve_app.replicas import DiffusionReplicas
-from tests.unit.serve_app.diffusion_service import DECODERS, LENGTH, library
+from tests.component.diffusion_service import DECODERS, LENGTH, library
 from unmask.decoding.engine import EngineConfig
 from unmask.decoding.request import DecodeRequest
 from unmask.types import SamplingOptions, TokenDelta

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
+from tests.component.test_diffusion_engine import DECODERS, engine
 from tests.diffusion_tools import MASK, VOCAB, request
-from tests.unit.test_diffusion_engine import DECODERS, engine
 from unmask.decoding.request import DecodeRequest
 from unmask.errors import PromptError
 from unmask.types import TokenDelta
