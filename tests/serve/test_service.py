@@ -102,6 +102,46 @@ def test_a_stream_adds_up_to_the_answer(client: httpx.Client, reference: dict[st
     assert streamed(client) == (text_of(reference), reference["usage"])
 
 
+WORDS = [
+    "Zażółć gęślą",
+    "naïve café",
+    "東京の夜",
+    "👩\u200d👧 🇯🇵 🎉",
+    "Ωμέγα",
+    "привет мир",
+    "שלום",
+    "नमस्ते",
+    "한국어",
+    "ไทย",
+]
+
+
+@pytest.mark.slow
+def test_two_hundred_streams_of_many_scripts_add_up(client: httpx.Client):
+    """Characters of several bytes are cut across tokens, and tokens across blocks of the draft."""
+    wait_for_speculation(client)
+    beyond_ascii = 0
+    for number in range(200):
+        first, second = WORDS[number % 10], WORDS[number // 10 % 10]
+        prompt = f"{number}: {first}, {second}, {first}, {second}, {first}, {second}, {first},"
+        body = {"prompt": prompt, "max_tokens": 16, "temperature": 0, "logprobs": 0, "ignore_eos": True}
+        whole = client.post("/v1/completions", json=body).json()
+        response = client.post(
+            "/v1/completions", json={**body, "stream": True, "stream_options": {"include_usage": True}}
+        )
+        *events, end = [event.removeprefix("data: ") for event in response.text.split("\n\n") if event]
+        assert end == "[DONE]"
+        *chunks, last = map(json.loads, events)
+        parts = [chunk["choices"][0] for chunk in chunks]
+        [choice] = whole["choices"]
+        assert "".join(part["text"] for part in parts) == choice["text"]
+        tokens = [token for part in parts for token in (part["logprobs"] or {"tokens": []})["tokens"]]
+        assert tokens == choice["logprobs"]["tokens"]
+        assert last["usage"] == whole["usage"]
+        beyond_ascii += not choice["text"].isascii()
+    assert beyond_ascii > 100
+
+
 def test_the_official_client(service, reference: dict[str, Any]):
     official = openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0)
     chunks = list(official.chat.completions.create(model="unmask", stream=True, **BODY))
