@@ -37,6 +37,8 @@ from unmask.pairing.status import read_status
 
 SECRET = b"a benchmark of one machine, 0123"
 PROMPT_TOKENS = 128
+STARTS = 5
+"""How often the start of a batch is measured."""
 REMOTE = {"remote": "shared memory", "tcp": "sidecar over TCP", "production": "shared memory"}
 """Modes whose draft is in another process, and how it is reached."""
 MODES = ("target", "native", *REMOTE)
@@ -194,6 +196,7 @@ def measure(
         "gpus": 0 if arguments.tiny else (1 if mode in ("target", "native") else arguments.gpus),
         "machine": machine_of(arguments),
         "period_ms": round(period, 3),
+        "start_ms": round(_start_ms(llm, arguments, concurrency), 3),
         "policy": policy,
         "transport": ("socket" if arguments.tiny else REMOTE[mode]) if mode in REMOTE else None,
         "engine": "of its own" if arguments.tiny or mode in ("target", "production") else "shared by native and remote",
@@ -222,6 +225,12 @@ def _generate(llm: Any, arguments: argparse.Namespace, concurrency: int, length:
     outputs = llm.generate(prompts, params, use_tqdm=False)
     assert all(len(output.outputs[0].token_ids) == length for output in outputs)
     return time.perf_counter() - began
+
+
+def _start_ms(llm: Any, arguments: argparse.Namespace, concurrency: int) -> float:
+    """Of a batch until its second tokens: the prompts, their first drafts, and the verification of these."""
+    seconds = sorted(_generate(llm, arguments, concurrency, 2) for _ in range(STARTS))
+    return 1000 * seconds[STARTS // 2]
 
 
 def _kv_cache_tokens(llm: Any) -> int:

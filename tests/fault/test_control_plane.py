@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 
 import httpx
@@ -58,7 +60,7 @@ def test_a_killed_proxy_heals(stage: Stage, expected: Answers) -> None:
         outage = time.monotonic() - stage.struck_at
 
     def broken(_: Stage, replies: list[Reply]) -> list[Finding]:
-        # Clients of a proxy that dies lose what it carried; a second proxy behind a balancer takes their next try.
+        # Clients of a proxy that dies lose what it carried; a second proxy takes their next try (below).
         silent = sum(reply.status == 200 and not reply.complete and not reply.error for reply in replies)
         return [
             at_most("answers again after", outage, 35),
@@ -75,3 +77,9 @@ def test_a_killed_proxy_heals(stage: Stage, expected: Answers) -> None:
         ),
     )
     conclude("F6", "SIGKILL the only proxy", "8 clients", findings)
+
+
+def test_a_second_proxy_takes_the_next_try() -> None:
+    command = [sys.executable, "-m", "tests.fault.two_proxies"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
