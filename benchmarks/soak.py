@@ -202,7 +202,7 @@ def findings(stage: Stage, before: Census, thirds: list[Third]) -> list[Finding]
     failed = sum(reply.failed for third in thirds for reply in third.replies)
     reason = "First and last third: " + " and ".join(
         f"{third.machine['work_ms_p50']} ms for a fixed piece of work (p90 {third.machine['work_ms_p90']}), "
-        f"{100 * third.machine['stolen']:.1f} % of all cores stolen, {processor_ms(third):.0f} ms of a core for an answer"
+        f"{100 * third.machine['stolen']:.1f} % of all cores stolen, {processor_ms(third):.0f} ms of one for an answer"
         for third in (first, last)
     )
     return [

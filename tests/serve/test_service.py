@@ -124,7 +124,7 @@ def test_two_hundred_streams_of_many_scripts_add_up(client: httpx.Client):
     for number in range(200):
         first, second = WORDS[number % 10], WORDS[number // 10 % 10]
         prompt = f"{number}: {first}, {second}, {first}, {second}, {first}, {second}, {first},"
-        body = {"prompt": prompt, "max_tokens": 16, "temperature": 0, "logprobs": 0, "ignore_eos": True}
+        body = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 0, "ignore_eos": True}
         whole = client.post("/v1/completions", json=body).json()
         response = client.post(
             "/v1/completions", json={**body, "stream": True, "stream_options": {"include_usage": True}}
