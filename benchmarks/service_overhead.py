@@ -35,10 +35,7 @@ PROXY_REASON = (
     "Serve's proxy takes some 14 ms of a request (both ways, and a call back for its body); direct ingress leaves it "
     "out."
 )
-WHOLE_REASON = (
-    "The engine shares two cores with what answers, and a run of this benchmark differs from the next by several "
-    "milliseconds (9.3 and 16.2 were measured)."
-)
+WHOLE_REASON = "Presumed, not measured apart: the engine shares two cores with what answers."
 STREAM_REASON = "All that a token passes on its way shares these cores with the engine, and slows the next one."
 RESULTS = Path(__file__).parent / "results" / "service_overhead.json"
 

@@ -36,7 +36,6 @@ LEAVES = 0.1
 
 REST_S = 5.0
 """Connections that clients left open are closed by then."""
-GRPC_THREAD = "event_engine\n"
 PROBE_EVERY_S = 2.0
 PROBE_ROUNDS = 40_000
 """Some milliseconds of one core."""
@@ -48,7 +47,6 @@ class Census:
 
     resident_mb: float
     threads: int
-    """Without those of gRPC's own pool, which grows and shrinks by itself."""
     files: int
     sockets: int
     segments: int
@@ -63,10 +61,10 @@ def census() -> Census:
             if not is_ours(process) or not process.cmdline()[0].startswith(("ray::Serve", "ray::ProxyActor", "VLLM::")):
                 continue
             resident += process.memory_info().rss
-            threads += sum(path.read_text() != GRPC_THREAD for path in Path(f"/proc/{process.pid}/task").glob("*/comm"))
+            threads += process.num_threads()
             files += process.num_fds()
             sockets += len(process.net_connections())
-        except (psutil.NoSuchProcess, psutil.AccessDenied, IndexError, OSError):
+        except (psutil.NoSuchProcess, psutil.AccessDenied, IndexError):
             continue
     return Census(resident / 2**20, threads, files, sockets, len(list(Path("/dev/shm").iterdir())))  # noqa: S108
 
@@ -190,15 +188,11 @@ def processor_ms(third: Third) -> float:
 
 
 def findings(stage: Stage, before: Census, thirds: list[Third]) -> list[Finding]:
-    """What drifted and what is left. Pools of threads or connections may grow to their size; what leaks grows on."""
+    """What drifted and what is left."""
     first, last = thirds[0], thirds[-1]
-    earlier = [before, *(third.after for third in thirds[:-1])]
-
-    def gained(what: str) -> int:
-        return getattr(last.after, what) - max(getattr(census, what) for census in earlier)
-
+    after = last.after
     drift = 100 * (last.latency["p99"] / first.latency["p99"] - 1)
-    memory = 100 * (last.after.resident_mb / before.resident_mb - 1)
+    memory = 100 * (after.resident_mb / before.resident_mb - 1)
     failed = sum(reply.failed for third in thirds for reply in third.replies)
     reason = "First and last third: " + " and ".join(
         f"{third.machine['work_ms_p50']} ms for a fixed piece of work (p90 {third.machine['work_ms_p90']}), "
@@ -212,10 +206,10 @@ def findings(stage: Stage, before: Census, thirds: list[Third]) -> list[Finding]
         at_most("p99 of the last third over the first, drift", drift, 10, "%", reason=f"{reason}."),
         at_most("time of a core for an answer, drift", 100 * (processor_ms(last) / processor_ms(first) - 1), 10, "%"),
         at_most("memory drift", memory, 2, "%"),
-        at_most("threads gained in the last third", gained("threads"), 0, "threads"),
-        at_most("sockets gained in the last third", gained("sockets"), 0, "sockets"),
-        at_most("open files gained in the last third", gained("files"), 0, "files"),
-        at_most("shared memory segments gained in the last third", gained("segments"), 0, "segments"),
+        at_most("threads gained", after.threads - before.threads, 0, "threads"),
+        at_most("sockets gained", after.sockets - before.sockets, 0, "sockets"),
+        at_most("open files gained", after.files - before.files, 0, "files"),
+        at_most("shared memory segments gained", after.segments - before.segments, 0, "segments"),
     ]
 
 

@@ -124,6 +124,8 @@ def test_ten_times_the_load(service: Stage, seconds: int) -> None:
     usual = percentile([reply.first_s for reply in calm.replies], 0.99)
     begun = min(reply.begun for reply in flood.replies)
     goodput = answered_within(served, begun, begun + seconds) / seconds / capacity
+    took = max(reply.begun + reply.total_s for reply in flood.replies) - begun
+    whole = len(served) / took / capacity
     shares = f"Of all cores' time at the peak: {calm}; at ten times the load: {flood}."
     findings = [
         equal("answers that are neither served nor properly refused",
@@ -131,8 +133,11 @@ def test_ten_times_the_load(service: Stage, seconds: int) -> None:
         at_most("time to first token, p99, over the uncongested one",
                 percentile([reply.first_s for reply in served], 0.99) / usual, 2, "x"),
         at_most("refused within, p99", percentile([reply.total_s for reply in refused], 0.99), 0.2),
-        Finding(what="goodput of the peak", required=">= 90 %", measured=f"{100 * goodput:.0f} %", met=goodput >= 0.9,
-                timed=True, reason="" if goodput >= 0.9 else shares),
+        Finding(what="goodput of the peak, whole answers until the last", required=">= 90 %",
+                measured=f"{100 * whole:.0f} %", met=whole >= 0.9, timed=True, reason="" if whole >= 0.9 else shares),
+        Finding(what="goodput of the peak, parts of answers while the load lasts", required=">= 90 %",
+                measured=f"{100 * goodput:.0f} %", met=goodput >= 0.9, timed=True,
+                reason="" if goodput >= 0.9 else shares),
         at_most("memory grown", resident_mb(service) - memory, 50, "MB"),
     ]  # fmt: skip
     scale = (
@@ -174,10 +179,12 @@ def test_clients_that_go_away(service: Stage, cycles: int) -> None:
                 freed.append(time.monotonic() - left - look)
     wait_until(lambda: service.metric("unmask_requests_running") == 0, 10)
     wait_until(lambda: service.metric("vllm:num_requests_running") == 0, 10)
+    looked = f"A look through proxy and ingress takes {look:.3f} s at rest; nothing shorter can be seen."
     findings = [
         equal("slots left taken", service.metric("unmask_requests_running"), 0.0),
         equal("requests left in the engine", service.metric("vllm:num_requests_running"), 0.0),
-        at_most("slot free again, median, less the look itself", percentile(freed, 0.5), 0.1),
+        at_most("slot free again, median, one look included", percentile(freed, 0.5) + look, 0.1, reason=looked),
+        at_most("slot free again, median, less a look at rest", percentile(freed, 0.5), 0.1),
     ]
     scale = f"one at a time; a look through proxy and ingress takes {look:.3f} s at rest"
     conclude("O2", f"{cycles} clients hang up after the first token", scale, findings)
