@@ -68,14 +68,16 @@ class BatchedLlama:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Sequence[int]], temperature: float) -> list[Response]:
-        """One response a prompt, at most B prompts."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], temperature: float, longest: int | None = None
+    ) -> list[Response]:
+        """One response a prompt, at most B prompts; where a longest is given, the end of longer ones is of no use."""
         self._prefill(prompts)
         self.temperature.fill_(temperature)
         if self.device.type == "cuda" and self.graph is None:
             self._capture()
             self._prefill(prompts)
-        steps = self.out.shape[1]
+        steps = self.out.shape[1] if longest is None else min(longest + self.beyond, self.out.shape[1])
         ended = torch.zeros(self.rows, dtype=torch.bool, device=self.device)
         taken = 0
         while taken < steps:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.batched_generation import BatchedLlama, Response
 from benchmarks.draft_prompts import Prompts
+from benchmarks.draft_scale import Scale
 from benchmarks.draft_store import Store
-from unmask.config import DistillConfig, DraftConfig
+from unmask.config import DistillConfig
 from unmask.decoding.speculative import speculative_decode
 from unmask.evaluation.metrics import acceptance_by_position, acceptance_length, bootstrap_interval
 from unmask.evaluation.replay import replay_draft
@@ -33,31 +34,9 @@ from unmask.types import SamplingOptions
 PEAK_FLOPS = 800e12
 """bfloat16 products measured on an H100."""
 DEVELOPMENT = "development"
+FIRST, MORE, FRESH = "train", "more", "fresh@1"
+"""Training sets: recipes are chosen by the first, the second is trained on beside it, the third is a second stage's."""
 _SAVE_EVERY_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """Sizes and budgets of a run."""
-
-    device: str
-    shape: DraftConfig
-    config: DistillConfig
-    rows: int
-    prompt_columns: int
-    max_new_tokens: int
-    train_prompts: int | None
-    """Of each kind; None takes all."""
-    own_prompts: int
-    """That the target writes itself."""
-    broad_repeats: int
-    """Responses at temperature 1 to each of the few broad prompts."""
-    eval_prompts: int
-    real_prompts: int
-    main_seconds: float
-    comparison_steps: int
-    ablation_steps: int
-    second_steps: int
 
 
 class Deadline(Exception):
@@ -79,7 +58,7 @@ class Benchmark:
         self.target = TargetModel(model, self.sizes.target_layer_ids)
         self.path, self.prompts = path, Prompts(prompts, self.tokenizer, scale.prompt_columns)
         self.k = scale.shape.block_size - 1
-        self._features: FeatureCache | None = None
+        self._features: tuple[str, FeatureCache] | None = None
         self.log("target loaded")
 
     def log(self, text: str) -> None:
@@ -94,12 +73,14 @@ class Benchmark:
     @property
     def train(self) -> list[Response]:
         """The target's responses to training prompts."""
-        return self.store.responses("train")
+        return [
+            response for name in (FIRST, MORE) if name in self.store.names for response in self.store.responses(name)
+        ]
 
     @property
     def sets(self) -> dict[str, list[Response]]:
         """Its responses to held-out prompts, by set and temperature."""
-        return {name: self.store.responses(name) for name in self.store.names if name not in ("train", "fresh@1")}
+        return {name: self.store.responses(name) for name in self.store.names if name not in (FIRST, MORE, FRESH)}
 
     def generate(self) -> dict[str, Any]:
         """Evaluation sets first, then the training responses; they go into the store."""
@@ -109,10 +90,11 @@ class Benchmark:
         held_out = {
             "gsm8k": of_prompts.gsm8k(), "mtbench": of_prompts.mtbench(), DEVELOPMENT: of_prompts.development()
         }  # fmt: skip
-        for name, prompts in held_out.items():
-            for temperature in (0.0, 1.0):
-                chosen = prompts[: min(scale.eval_prompts, scale.rows)]
-                found[f"{name}@{temperature:g}"] = sampler.generate(chosen, temperature)
+        chosen = [(name, prompt) for name, prompts in held_out.items() for prompt in prompts[: scale.eval_prompts]]
+        for temperature in (0.0, 1.0):
+            answers = self._answers(sampler, [prompt for _, prompt in chosen], temperature)
+            for (name, _), answer in zip(chosen, answers, strict=True):
+                found.setdefault(f"{name}@{temperature:g}", []).append(answer)
         for name, responses in found.items():
             self.log(f"{name}: {len(responses)} prompts, {sum(repetitive(r.tokens) for r in responses)} repetitive")
         start = time.monotonic()
@@ -120,18 +102,28 @@ class Benchmark:
         own = self.prompts.written(scale.own_prompts, sampler)
         plain = [*questions, *broad, *own]
         drawn = [*questions, *broad * scale.broad_repeats, *own]
-        found["train"] = self._answers(sampler, plain, 0.0) + self._answers(sampler, drawn, 1.0)
-        tokens, seconds = sum(len(r.tokens) for r in found["train"]), time.monotonic() - start
-        self.log(f"{len(own)} prompts of its own; {len(found['train'])} responses, {tokens} tokens in {seconds:.1f} s")
-        self.store.keep_responses(found)
-        return {"own prompts": len(own), "responses": len(found["train"]), "tokens": tokens, "seconds": seconds}
+        found[FIRST] = self._answers(sampler, plain, 0.0) + self._answers(sampler, drawn, 1.0)
+        return self._keep(found, FIRST, len(own), time.monotonic() - start)
+
+    def generate_more(self) -> dict[str, Any]:
+        """More prompts that the target writes itself, and its responses to them: the given ones are word problems."""
+        sampler, start = self._sampler(), time.monotonic()
+        known = {r.prompt for r in self.store.responses(FIRST)}
+        own = [p for p in self.prompts.written(self.scale.more_prompts, sampler) if tuple(p) not in known]
+        found = {MORE: self._answers(sampler, own, 0.0) + self._answers(sampler, own, 1.0)}
+        return self._keep(found, MORE, len(own), time.monotonic() - start)
 
     def generate_again(self) -> dict[str, Any]:
-        """One more response to every training prompt, at temperature 1."""
-        prompts = [list(prompt) for prompt in dict.fromkeys(r.prompt for r in self.train)]
-        drawn = self._answers(self._sampler(), prompts, 1.0)
-        self.store.keep_responses({"fresh@1": drawn})
-        return {"responses": len(drawn), "tokens": sum(len(r.tokens) for r in drawn)}
+        """One more response to every prompt of the first training set, at temperature 1."""
+        start = time.monotonic()
+        prompts = [list(prompt) for prompt in dict.fromkeys(r.prompt for r in self.store.responses(FIRST))]
+        return self._keep({FRESH: self._answers(self._sampler(), prompts, 1.0)}, FRESH, 0, time.monotonic() - start)
+
+    def _keep(self, found: dict[str, list[Response]], name: str, own: int, seconds: float) -> dict[str, Any]:
+        tokens = sum(len(r.tokens) for r in found[name])
+        self.log(f"{own} prompts of its own; {len(found[name])} responses, {tokens} tokens in {seconds:.1f} s")
+        self.store.keep_responses(found)
+        return {"own prompts": own, "responses": len(found[name]), "tokens": tokens, "seconds": seconds}
 
     def _sampler(self) -> BatchedLlama:
         scale = self.scale
@@ -145,20 +137,22 @@ class Benchmark:
         batches = [prompts[i : i + rows] for i in range(0, len(prompts), rows)]
         return [response for batch in batches for response in sampler.generate(batch, temperature)]
 
-    def features(self) -> FeatureCache:
-        """The training set, packed; features are kept up to the recipe's bound and recomputed beyond it."""
-        if self._features is None:
-            self._features = self.features_of([TokenSequence(r.prompt + r.tokens, len(r.prompt)) for r in self.train])
-        return self._features
+    def features(self, *, to_choose: bool = False, every: int = 1) -> FeatureCache:
+        """Of every n-th training text, or of half of those by which recipes are chosen."""
+        chosen = self.store.responses(FIRST)[::2] if to_choose else self.train[::every]
+        return self.features_of(
+            f"{'to choose' if to_choose else 'training set'}, every {every}",
+            lambda: [TokenSequence(r.prompt + r.tokens, len(r.prompt)) for r in chosen],
+        )
 
-    def forget_features(self) -> None:
-        """Make room for the features of other texts."""
-        self._features = None
-
-    def features_of(self, texts: Sequence[TokenSequence]) -> FeatureCache:
-        """The same for other texts."""
+    def features_of(self, name: str, texts: Callable[[], Sequence[TokenSequence]]) -> FeatureCache:
+        """Of texts, packed; those asked for last are kept. Features are kept up to the recipe's bound and recomputed
+        beyond it."""
+        if self._features is not None and self._features[0] == name:
+            return self._features[1]
+        self._features = None  # makes room
         config, device = self.scale.config, self.scale.device
-        sequences = SequenceSet(texts, batch_size=1, seed=config.seed, tokens_per_step=config.tokens_per_step)
+        sequences = SequenceSet(texts(), batch_size=1, seed=config.seed, tokens_per_step=config.tokens_per_step)
         cache = FeatureCache(
             self.target, sequences, int(config.feature_cache_gb * 1e9), 65536 if device == "cuda" else 4096,
             final=True, device=device if config.feature_cache_device == "training" else "cpu",
@@ -167,7 +161,15 @@ class Benchmark:
         kept = cache.warm_up()
         self.log(f"features of {kept}/{len(sequences)} sequences kept, {cache.bytes / 1e9:.1f} GB "
                  f"in {time.monotonic() - start:.1f} s")  # fmt: skip
+        self._features = name, cache
         return cache
+
+    def forget_graphs(self) -> None:
+        """Give back what a finished case holds: recorded steps refer to themselves, compiled ones to their modules."""
+        torch._dynamo.reset()
+        gc.collect()
+        if self.scale.device == "cuda":
+            torch.cuda.empty_cache()
 
     def new_draft(self, seed: int, init: str = "target") -> DFlashDraft:
         """A fresh draft."""

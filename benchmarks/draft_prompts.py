@@ -42,7 +42,7 @@ class Prompts:
         opening, closing = self._frame()
         found: dict[tuple[int, ...], None] = {}
         for _ in range(-(-count // sampler.rows)):
-            for response in sampler.generate([opening] * min(sampler.rows, count), 1.0):
+            for response in sampler.generate([opening] * min(sampler.rows, count), 1.0, longest=_WRITTEN[1] + 1):
                 text = response.tokens[:-1]
                 # One that does not end is no question, one of two words hardly.
                 if response.tokens[-1] == sampler.eos_id and _WRITTEN[0] <= len(text) <= _WRITTEN[1]:

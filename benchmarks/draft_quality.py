@@ -19,19 +19,22 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.batched_generation import Response
-from benchmarks.draft_bench import Benchmark, Deadline, Scale
+from benchmarks.draft_bench import FRESH, Benchmark, Deadline
+from benchmarks.draft_scale import full_scale, tiny_scale
 from benchmarks.draft_store import Store
 from benchmarks.speculators_dflash import SpeculatorsTrainer, unavailable
 from unmask.capture import rejected_anchors
-from unmask.config import DistillConfig, DraftConfig
+from unmask.config import DistillConfig
 from unmask.decoding.ngram import NgramProposer, replay
 from unmask.evaluation.replay import replay_draft
+from unmask.training.feature_cache import FeatureCache
 from unmask.training.sequences import TokenSequence
 from unmask.types import ServedRequest
 
@@ -51,7 +54,14 @@ ABLATIONS: list[tuple[str, dict[str, Any]]] = [
     ("beta .1 target_relative T .5 late", {"beta": 0.1, "gate": "target_relative", "certainty_start": 0.3}),
     ("d_pace x lk_hybrid", {"weighting": "d_pace", "loss": "lk_hybrid"}),
     ("decay x tv", {"loss": "tv"}),
+    ("first_miss x kl", {"weighting": "first_miss", "loss": "kl"}),
+    ("first_miss x ce, beta .5 target_relative T .5 late",
+     {"weighting": "first_miss", "beta": 0.5, "gate": "target_relative", "certainty_start": 0.3}),
+    ("first_miss x ce, beta .5 prefix_right T .5 late",
+     {"weighting": "first_miss", "beta": 0.5, "gate": "prefix_right", "certainty_start": 0.3}),
 ]  # fmt: skip
+PUBLISHED: dict[str, Any] = {"weighting": "decay", "loss": "ce"}
+"""What the lines of the table change."""
 """The table, most telling lines first; equal tokens."""
 SECOND = ("more of the same", "temperature 1", "temperature 1, rejected anchors first")
 """Second stages from the main draft, equal tokens: the first is what the others have to beat."""
@@ -60,36 +70,14 @@ Outcome = tuple[list[dict[str, Any]], dict[str, Any]]
 """Rows, and notes that are no rows."""
 
 
-def full_scale() -> Scale:
-    """One H100: 8 minutes for the main training, seconds for the others, half an hour in all."""
-    config = DistillConfig(
-        max_steps=None, max_seconds=600, tokens_per_step=16384, anchors_per_step=2048, learning_rate=1.5e-3,
-        schedule="cosine", warmup_fraction=0.04, ema=0.998, head_negatives=None, precision="bfloat16", compile=True,
-        feature_cache_gb=56.0, feature_cache_device="training", weighting="decay", use_gpu=True, cuda_graph=True,
-    )  # fmt: skip
-    return Scale(
-        "cuda", DraftConfig(num_layers=5, block_size=8), config, rows=1024, prompt_columns=408, max_new_tokens=256,
-        train_prompts=None, own_prompts=4096, broad_repeats=6, eval_prompts=128, real_prompts=8, main_seconds=8 * 60,
-        comparison_steps=600, ablation_steps=300, second_steps=400,
-    )  # fmt: skip
-
-
-def tiny_scale() -> Scale:
-    """A CPU for a few minutes."""
-    config = DistillConfig(
-        max_steps=None, max_seconds=600, tokens_per_step=256, anchors_per_step=128, head_negatives=None,
-        precision="float32", feature_cache_gb=1.0,
-    )  # fmt: skip
-    return Scale(
-        "cpu", DraftConfig(num_layers=1, block_size=4), config, rows=2, prompt_columns=80, max_new_tokens=6,
-        train_prompts=4, own_prompts=2, broad_repeats=2, eval_prompts=2, real_prompts=1, main_seconds=3,
-        comparison_steps=2, ablation_steps=2, second_steps=2,
-    )  # fmt: skip
-
-
 def trajectories(bench: Benchmark) -> Outcome:
     """What the target answers; everything else begins with it."""
     return [], bench.generate()
+
+
+def more(bench: Benchmark) -> Outcome:
+    """What it answers to more prompts of its own."""
+    return [], bench.generate_more()
 
 
 def fresh(bench: Benchmark) -> Outcome:
@@ -111,15 +99,26 @@ def ngrams(bench: Benchmark) -> Outcome:
     return rows, {}
 
 
-def main_training(bench: Benchmark) -> Outcome:
-    """The best recipe for its time, over as many calls as it takes."""
-    config = bench.scale.config
+def main_training(bench: Benchmark, name: str = "main") -> Outcome:
+    """The best recipe for its time, over as many calls as it takes; or the published weights and loss in its place."""
+    config = bench.scale.config if name == "main" else replace(bench.scale.config, **PUBLISHED)
     trainer = bench.trainer(config, bench.features(), bench.new_draft(config.seed))
-    run = bench.run(trainer, seconds=bench.scale.main_seconds, state=bench.store.folder / "main_state")
-    bench.store.keep_draft("main", trainer.average)
-    rows = bench.measure(trainer.average, "ours", "main", config, run)
-    shared = {k: v for k, v in rows[0].items() if k not in ("prompts", "interval95")}
-    return rows + bench.real(trainer.average, shared), {"run": run}
+    run = bench.run(trainer, seconds=bench.scale.main_seconds, state=bench.store.folder / f"{name}_state")
+    bench.store.keep_draft(name, trainer.average)
+    return bench.measure(trainer.average, "ours", _recipe(name, config), config, run), {"run": run}
+
+
+def _recipe(name: str, config: DistillConfig) -> str:
+    return f"{name}: {config.weighting} x {config.loss}"
+
+
+def real_loop(bench: Benchmark) -> Outcome:
+    """The main draft in the real loop, on a few prompts, in float32."""
+    trained = bench.store.done("main")
+    if trained is None:
+        raise FileNotFoundError("case 'main' has not been run")
+    shared = {k: v for k, v in trained["rows"][0].items() if k not in ("prompts", "interval95")}
+    return bench.real(bench.store.draft("main").to(bench.scale.device).eval(), shared), {}
 
 
 def speculators(bench: Benchmark) -> Outcome:
@@ -140,8 +139,10 @@ def speculators(bench: Benchmark) -> Outcome:
 
 
 def reference(bench: Benchmark) -> Outcome:
-    """The published recipe as a plain loop: random start, fixed decay, cosine, nothing compiled, no average."""
-    config = replace(bench.scale.config, ema=0.0, learning_rate=6e-4, schedule="cosine", compile=False)
+    """The published recipe as a plain loop: random start, fixed decay, cosine, only attention compiled, no average."""
+    config = replace(
+        bench.scale.config, ema=0.0, learning_rate=6e-4, schedule="cosine", compile=False, cuda_graph=False, **PUBLISHED
+    )  # fmt: skip
     trainer = bench.trainer(config, bench.features(), bench.new_draft(config.seed, "random"))
     run = bench.run(trainer, steps=bench.scale.comparison_steps)
     return bench.measure(trainer.average, "reference", "decay x ce, random start", config, run), {"run": run}
@@ -150,14 +151,16 @@ def reference(bench: Benchmark) -> Outcome:
 def equal(bench: Benchmark) -> Outcome:
     """Ours for the steps of `speculators`."""
     config = bench.scale.config
-    return _train_and_measure(bench, "main, steps of speculators", config, bench.scale.comparison_steps)
+    steps = bench.scale.comparison_steps
+    return _train_and_measure(bench, "main, steps of speculators", config, steps, bench.features())
 
 
 def ablation(bench: Benchmark, line: int, seed: int) -> Outcome:
-    """A line of the table."""
+    """A line of the table, on half of the texts, which its steps visit little more than once."""
     name, change = ABLATIONS[line]
-    config = replace(bench.scale.config, seed=seed, **change)
-    return _train_and_measure(bench, name, config, bench.scale.ablation_steps, to_choose=True)
+    config = replace(bench.scale.config, seed=seed, **(PUBLISHED | change))
+    steps, features = bench.scale.ablation_steps, bench.features(to_choose=True)
+    return _train_and_measure(bench, name, config, steps, features, to_choose=True)
 
 
 def second(bench: Benchmark, stage: int, seed: int) -> Outcome:
@@ -165,11 +168,10 @@ def second(bench: Benchmark, stage: int, seed: int) -> Outcome:
     config = replace(bench.scale.config, seed=seed, learning_rate=5e-4)
     draft = bench.store.draft("main").to(bench.scale.device)
     if stage > 0:
-        bench.forget_features()
-        drawn = bench.store.responses("fresh@1")
-        features = bench.features_of(_texts(bench, draft, drawn, rejected=stage == 2))
+        drawn = bench.store.responses(FRESH)
+        features = bench.features_of(SECOND[stage], lambda: _texts(bench, draft, drawn, rejected=stage == 2))
     else:
-        features = bench.features()
+        features = bench.features(every=2)  # its steps visit no more
     trainer = bench.trainer(config, features, draft)
     run = bench.run(trainer, steps=bench.scale.second_steps)
     return bench.measure(trainer.average, "ours", f"second stage: {SECOND[stage]}", config, run), {"run": run}
@@ -194,9 +196,9 @@ def _texts(bench: Benchmark, draft: Any, responses: list[Response], *, rejected:
 
 
 def _train_and_measure(
-    bench: Benchmark, name: str, config: DistillConfig, steps: int, *, to_choose: bool = False
+    bench: Benchmark, name: str, config: DistillConfig, steps: int, features: FeatureCache, *, to_choose: bool = False
 ) -> Outcome:
-    trainer = bench.trainer(config, bench.features(), bench.new_draft(config.seed))
+    trainer = bench.trainer(config, features, bench.new_draft(config.seed))
     run = bench.run(trainer, steps=steps)
     return bench.measure(trainer.average, "ours", name, config, run, to_choose=to_choose), {"run": run}
 
@@ -211,7 +213,8 @@ def cases() -> dict[str, Callable[[Benchmark], Outcome]]:
             for seed in SEEDS
             for line in range(len(ABLATIONS))
         },
-        "main": main_training, "speculators": speculators, "reference": reference, "equal": equal, "ngrams": ngrams,
+        "more": more, "main": main_training, "real": real_loop, "published": partial(main_training, name="published"),
+        "speculators": speculators, "reference": reference, "equal": equal, "ngrams": ngrams,
     }  # fmt: skip
     table["fresh"] = fresh
     for seed in SEEDS:
@@ -230,7 +233,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=[""], metavar="PREFIX", help="cases whose names begin so")
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds of this call")
     parser.add_argument("--list", action="store_true", help="print the cases and which are done")
-    parser.add_argument("--main-seconds", type=float, help="of the main training (default: 480)")
+    parser.add_argument("--main-seconds", type=float, help="of the main training (default: 270)")
     parser.add_argument("--device", help="of the cases that need no GPU, such as ngrams: cpu")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--no-compile", action="store_true", help="train without torch.compile")
@@ -250,6 +253,8 @@ def main() -> None:
     if args.no_compile:
         scale = replace(scale, config=replace(scale.config, compile=False))
     torch.set_float32_matmul_precision("high")
+    # Batches are made by many small operations, which cost more the more threads they are handed to.
+    torch.set_num_threads(min(4, torch.get_num_threads()))
     # Each objective compiles its own kernel; beyond the limit they would run uncompiled without a word.
     torch._dynamo.config.recompile_limit = 64
     bench = Benchmark(scale, args.data, store, args.deadline)
@@ -258,6 +263,7 @@ def main() -> None:
             bench.check_time()
             torch.manual_seed(0)
             store.finish(name, *table[name](bench))
+            bench.forget_graphs()
         except Deadline:
             bench.log(f"out of time in '{name}'; the same command goes on from here")
             return

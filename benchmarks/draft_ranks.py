@@ -52,6 +52,8 @@ def work(rank: int, world_size: int, port: int, tiny: bool, steps: int, folder: 
     if not tiny:
         torch.cuda.set_device(rank)
     torch.set_float32_matmul_precision("highest")
+    # Batches are made by many small operations, which cost more the more threads they are handed to.
+    torch.set_num_threads(min(4, torch.get_num_threads()))
     if world_size > 1:
         address = f"tcp://127.0.0.1:{port}"
         dist.init_process_group("gloo" if tiny else "nccl", address, rank=rank, world_size=world_size)

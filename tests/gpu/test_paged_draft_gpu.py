@@ -71,12 +71,16 @@ def test_blocks_of_a_batch_are_those_of_the_reference(k: int) -> None:
         assert proposals(engine, rows, raws[first:last], k) == [
             reference_block(draft, vocabulary, raw, 5, k) for raw in raws[first:last]
         ]
+    # Rows that lie in pinned memory, as a mailbox's do, and more than one graph holds.
+    many = [raw_features(300, seed=50 + i) for i in range(7)]
+    expected = [reference_block(draft, vocabulary, raw, 5, k) for raw in many]
+    assert proposals(engine, [row(80 + i, 0, 300, 5) for i in range(7)], many, k, pinned=True) == expected
     # A gap, then the next position.
     late = raw_features(3, seed=99)
-    expected = reference_block(
+    with_gap = reference_block(
         draft, vocabulary, torch.cat([raws[0], late]), 5, k, positions=torch.tensor([0, 20, 21, 22])
     )
-    assert proposals(engine, [row(90, 20, 3, 5)], [late], k) == [expected]
+    assert proposals(engine, [row(90, 20, 3, 5)], [late], k) == [with_gap]
 
 
 def test_a_swap_in_place_is_seen_by_the_graphs() -> None:
@@ -106,16 +110,17 @@ def test_a_copy_beside_is_whole_while_the_default_stream_is_busy() -> None:
     assert all(torch.equal(module.state_dict()[name].cpu(), tensor) for name, tensor in expected.items())
 
 
-def proposals(engine: DraftEngine, rows: list, raws: list, k: int) -> list[list[int]]:
+def proposals(engine: DraftEngine, rows: list, raws: list, k: int, *, pinned: bool = False) -> list[list[int]]:
     """Blocks of one step."""
     projection = engine.hello.projection.to(torch.device("cuda"))
+    features = projection(torch.cat(raws).cuda()).cpu()
     step = Step(
         draft_version=engine.version,
         epoch=1,
         number=1,
         num_speculative_tokens=k,
         rows=pack_rows(rows),
-        features=projection(torch.cat(raws).cuda()).cpu(),
+        features=features.pin_memory() if pinned else features,
         finished=np.empty(0, "<u8"),
         page_hashes=pack_hashes(rows),
     )

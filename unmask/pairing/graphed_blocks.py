@@ -93,23 +93,28 @@ class GraphedBlocks(BlockDrafter):
     @torch.inference_mode()
     def append(self, context: Tensor, positions: np.ndarray, slots: np.ndarray) -> None:
         """See `BlockDrafter.append`; one GEMM makes the keys and values of all layers."""
+        lies_pinned = self._on_gpu and context.is_pinned()
         with torch.cuda.device_of(self._inputs):
             for first in range(0, len(context), ROW_LADDER[-1]):
                 part = slice(first, first + ROW_LADDER[-1])
-                self._append_part(context[part], positions[part], slots[part])
+                self._append_part(context[part], positions[part], slots[part], lies_pinned)
+        if self._uploaded is not None and lies_pinned:
+            # A mailbox's own rows: its target may write the next ones as soon as this returns.
+            self._uploaded.synchronize()
 
-    def _append_part(self, context: Tensor, positions: np.ndarray, slots: np.ndarray) -> None:
-        """Append as many rows as one graph holds."""
+    def _append_part(self, context: Tensor, positions: np.ndarray, slots: np.ndarray, lies_pinned: bool) -> None:
+        """Append as many rows as one graph holds; the device reads them where they lie if it can."""
         size = len(context)
         rows = _rung(ROW_LADDER, size)
         if self._uploaded is not None:
             self._uploaded.synchronize()
-        self._staged_rows[:size].copy_(context)
+        if not lies_pinned:
+            context = self._staged_rows[:size].copy_(context)
         places = self._staged_places.numpy()
         # Nothing is drafted beyond the last position, but a long request's rows may arrive.
         places[0, :size], places[1, :size] = np.minimum(positions, len(self._network.rotary[0]) - 1), slots
         places[0, size:rows], places[1, size:rows] = 0, self._cache.spare_slot
-        self._rows[:size].copy_(self._staged_rows[:size], non_blocking=True)
+        self._rows[:size].copy_(context, non_blocking=True)
         self._places.copy_(self._staged_places, non_blocking=True)
         if self._uploaded is None:
             self._append_pass(rows)
