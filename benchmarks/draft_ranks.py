@@ -33,12 +33,12 @@ def configurations(tiny: bool) -> dict[str, tuple[str, DistillConfig]]:
     """Shape and training section of each comparison."""
     if tiny:
         small = DistillConfig(
-            max_steps=100, tokens_per_step=256, anchors_per_step=128, head_negatives=None, precision="float32",
-            rows_per_step=2,
+            max_steps=100, loss="ce", tokens_per_step=256, anchors_per_step=128, head_negatives=None,
+            precision="float32", rows_per_step=2,
         )  # fmt: skip
         return {"losses": ("tiny", small), "speed": ("tiny", small)}
     plain = DistillConfig(
-        max_steps=100, tokens_per_step=4096, anchors_per_step=512, head_negatives=None, precision="float32",
+        max_steps=100, loss="ce", tokens_per_step=4096, anchors_per_step=512, head_negatives=None, precision="float32",
         rows_per_step=2,
     )  # fmt: skip
     fast = replace(plain, tokens_per_step=16384, anchors_per_step=2048, precision="bfloat16", compile=True)

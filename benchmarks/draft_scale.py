@@ -41,8 +41,7 @@ def full_scale() -> Scale:
     config = DistillConfig(
         max_steps=None, max_seconds=600, tokens_per_step=16384, anchors_per_step=2048, learning_rate=1.5e-3,
         schedule="cosine", warmup_fraction=0.04, ema=0.998, head_negatives=None, precision="bfloat16", compile=True,
-        feature_cache_gb=0.6 * memory_gb, feature_cache_device="training", weighting="first_miss", loss="kl",
-        use_gpu=True, cuda_graph=True,
+        feature_cache_gb=0.6 * memory_gb, feature_cache_device="training", use_gpu=True, cuda_graph=True,
     )  # fmt: skip
     return Scale(
         "cuda", DraftConfig(num_layers=5, block_size=8), config, rows=1024, prompt_columns=408, max_new_tokens=256,

@@ -159,8 +159,8 @@ def measure(
     """One row."""
     timed = not arguments.tiny and mode != "target"
     length = arguments.tokens * (1 if concurrency > 1 else 2)
-    # Acceptance is drawn: some hundred steps of few requests would leave it to chance.
-    rounds = 1 if arguments.tiny or mode == "target" else max(1, 8 // concurrency)
+    # Acceptance is drawn, and a start may be held up: some hundred steps of few requests would leave it to chance.
+    rounds = 1 if arguments.tiny or mode == "target" else max(1, min(8, 32 // concurrency))
     _generate(llm, arguments, concurrency, max(length // 8, K))
     before, counted = counters_of(llm), _asked(llm, arguments, mode)
     if timed:

@@ -15,6 +15,7 @@ import random
 import tempfile
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,22 +52,35 @@ class Census:
     sockets: int
     segments: int
     """Of shared memory, of the whole machine."""
+    named: dict[str, int]
+    """Threads by their process and their own name."""
 
 
 def census() -> Census:
     """Count what the processes that this one has started through Ray hold."""
-    resident = threads = files = sockets = 0
+    resident = files = sockets = 0
+    named: Counter[str] = Counter()
     for process in psutil.process_iter():
         try:
             if not is_ours(process) or not process.cmdline()[0].startswith(("ray::Serve", "ray::ProxyActor", "VLLM::")):
                 continue
             resident += process.memory_info().rss
-            threads += process.num_threads()
+            named.update(f"{process.name()}: {name}" for name in thread_names(process.pid))
             files += process.num_fds()
             sockets += len(process.net_connections())
         except (psutil.NoSuchProcess, psutil.AccessDenied, IndexError):
             continue
-    return Census(resident / 2**20, threads, files, sockets, len(list(Path("/dev/shm").iterdir())))  # noqa: S108
+    segments = len(list(Path("/dev/shm").iterdir()))  # noqa: S108
+    return Census(resident / 2**20, named.total(), files, sockets, segments, dict(sorted(named.items())))
+
+
+def thread_names(pid: int) -> list[str]:
+    """Of a process's threads, as the kernel knows them."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # a thread that ends meanwhile
+            found.append((task / "comm").read_text().strip())
+    return found
 
 
 def served_s() -> float:
@@ -206,11 +220,18 @@ def findings(stage: Stage, before: Census, thirds: list[Third]) -> list[Finding]
         at_most("p99 of the last third over the first, drift", drift, 10, "%", reason=f"{reason}."),
         at_most("time of a core for an answer, drift", 100 * (processor_ms(last) / processor_ms(first) - 1), 10, "%"),
         at_most("memory drift", memory, 2, "%"),
-        at_most("threads gained", after.threads - before.threads, 0, "threads"),
+        at_most("threads gained", after.threads - before.threads, 0, "threads", reason=f"{_gained(before, after)}."),
         at_most("sockets gained", after.sockets - before.sockets, 0, "sockets"),
         at_most("open files gained", after.files - before.files, 0, "files"),
         at_most("shared memory segments gained", after.segments - before.segments, 0, "segments"),
     ]
+
+
+def _gained(before: Census, after: Census) -> str:
+    """Which threads are more than they were."""
+    more = Counter(after.named)
+    more.subtract(before.named)
+    return ", ".join(f"{count:+d} {name}" for name, count in more.items() if count) or "The same as before"
 
 
 def measure_third(stage: Stage, due: list[tuple[float, bool]]) -> Third:

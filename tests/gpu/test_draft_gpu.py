@@ -20,7 +20,10 @@ from unmask.types import SamplingOptions
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
-CONFIG = DistillConfig(max_steps=10, max_seconds=None, precision="float32", anchors_per_sequence=4, head_negatives=None)
+CONFIG = DistillConfig(
+    max_steps=10, max_seconds=None, precision="float32", anchors_per_sequence=4, head_negatives=None, loss="ce",
+    weighting="decay",
+)  # fmt: skip
 
 
 def test_block_logits_are_those_of_the_cpu() -> None:

@@ -67,7 +67,7 @@ def trained_pair() -> TrainedPair:
     texts = [TokenSequence((*p, *result.token_ids), len(p)) for p, result in zip(prompts, own, strict=True)]
     config = DistillConfig(
         max_steps=40, precision="float32", sequences_per_step=4, anchors_per_sequence=14, head_negatives=None,
-        learning_rate=2e-2,
+        learning_rate=2e-2, loss="ce", weighting="decay",
     )  # fmt: skip
     features = FeatureCache(target, SequenceSet(texts, batch_size=4, seed=0), 10**8)
     learner = DraftTrainer(draft.train().requires_grad_(True), features, TrainingHead(target.lm_head, [], None), config)

@@ -45,5 +45,5 @@ def test_responses_and_drafts_come_back(tmp_path: Path) -> None:
 
 def test_every_line_of_the_table_has_three_seeds() -> None:
     names = [name for name in cases() if name.startswith("ablation-")]
-    assert len(names) == len(set(names)) == 39
+    assert len(names) == len(set(names)) == 48
     assert {name[-1] for name in names} == {"0", "1", "2"}

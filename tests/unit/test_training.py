@@ -29,7 +29,10 @@ from unmask.training.step_report import StepReport
 from unmask.training.training_state import resume_state, save_state
 from unmask.types import SamplingOptions
 
-CONFIG = DistillConfig(max_steps=40, max_seconds=None, precision="float32", anchors_per_sequence=4, head_negatives=None)
+CONFIG = DistillConfig(
+    max_steps=40, max_seconds=None, precision="float32", anchors_per_sequence=4, head_negatives=None, loss="ce",
+    weighting="decay",
+)  # fmt: skip
 
 
 @functools.cache

@@ -32,7 +32,8 @@ class DraftConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillConfig:
-    """Training of the draft. Defaults suit a few CPU minutes; `published()` is the paper's recipe."""
+    """Training of the draft. Defaults suit a few CPU minutes; loss and weighting are the best of
+    `benchmarks.draft_quality`, and `published()` is the paper's recipe."""
 
     max_steps: int | None = None
     max_seconds: float | None = 300.0
@@ -47,9 +48,9 @@ class DistillConfig:
     """Packed rows of a step, of all workers together."""
     anchors_per_step: int = 1024
     """Anchors of a packed row."""
-    loss: Literal["ce", "kl", "tv", "lk_hybrid"] = "ce"
+    loss: Literal["ce", "kl", "tv", "lk_hybrid"] = "kl"
     """Of a row: cross-entropy with the target's token, or a distance to its distribution."""
-    weighting: Literal["decay", "d_pace", "first_miss"] = "decay"
+    weighting: Literal["decay", "d_pace", "first_miss"] = "first_miss"
     """How rows of a block are weighed: fixed decay, D-PACE, or up to the first wrong row."""
     decay_gamma: float | None = None
     """Position decay; None takes 7 / 5 / 4 for B = 16 / 10 / 8 and B / 2 otherwise."""
@@ -149,6 +150,8 @@ def published() -> DistillConfig:
     """The training recipe of the DFlash paper (arXiv 2602.06036): 512 anchors, AdamW 6e-4, cosine, whole head."""
     return DistillConfig(
         anchors_per_sequence=512,
+        loss="ce",
+        weighting="decay",
         learning_rate=6e-4,
         schedule="cosine",
         warmup_fraction=0.04,

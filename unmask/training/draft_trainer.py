@@ -46,6 +46,9 @@ class DraftTrainer:
         module: what is called in the forward pass (a `DraftingForward`, or DDP around it).
         confidence: the confidence head of `module`, if there is one.
         reduce: sums over ranks.
+
+    Raises:
+        ValueError: the objective needs the target's distribution, and the features are without its final states.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class DraftTrainer:
         self.sequences = features.sequences
         self.device = features.target.device
         self.objective = row_objective(config)
+        if self.objective.needs_target and not features.final:
+            raise ValueError("this objective needs the target's final states beside its features: final=True")
         self.decay = decay_weights(draft.config.block_size, config.decay_gamma, self.device)
         trained = [*draft.parameters(), *(confidence.parameters() if confidence is not None else ())]
         self._rate: float | Tensor = config.learning_rate
