@@ -55,7 +55,7 @@ audit:
 	    build/audit/bin/pip install -q pip-audit==2.10.1 cyclonedx-bom==7.5.0)
 	@mkdir -p dist
 	build/audit/bin/cyclonedx-py requirements requirements/cpu.lock --output-reproducible -o dist/sbom.json
-	build/audit/bin/pip-audit --disable-pip --require-hashes -r requirements/cpu.lock
+	build/audit/bin/pip-audit --strict --disable-pip --require-hashes -r requirements/cpu.lock
 
 clean:
 	rm -rf .unmask build dist *.egg-info

@@ -117,6 +117,7 @@ WORDS = [
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # four hundred answers, one after another
 def test_two_hundred_streams_of_many_scripts_add_up(client: httpx.Client):
     """Characters of several bytes are cut across tokens, and tokens across blocks of the draft."""
     wait_for_speculation(client)

@@ -67,6 +67,11 @@ def trainer(config=CONFIG, cache_bytes=10**8, rank=0, **kwargs):
     return DraftTrainer(draft.train().requires_grad_(True), features, head, config, **kwargs)
 
 
+def test_a_distance_to_the_target_needs_its_final_states():
+    with pytest.raises(ValueError, match="final=True"):
+        trainer(dataclasses.replace(CONFIG, loss="kl"))
+
+
 @settings(deadline=None, max_examples=25)
 @given(
     lengths=st.lists(st.integers(3, 60), min_size=4, max_size=30),
