@@ -26,6 +26,8 @@ from tests.private_ray import start_private_ray
 
 LOAD = Load(stream=True)
 LOADED_S, STRIKE_S = 12.0, 4.0
+RETRY_S = 0.5
+"""After which OpenAI's own client tries again."""
 
 
 @contextmanager
@@ -58,6 +60,7 @@ def asked_twice(url: str, client: int, end: float) -> list[list[Reply]]:
             prompt = LOAD.prompt(client, len(found))
             tries = [ask(http, prompt, LOAD)]
             if tries[0].failed:
+                time.sleep(RETRY_S)
                 tries.append(ask(http, prompt, LOAD))
             found.append(tries)
     return found
