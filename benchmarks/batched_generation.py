@@ -172,3 +172,9 @@ class BatchedLlama:
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def repetitive(tokens: Sequence[int]) -> bool:
+    """Whether more than 30 % of a response's 4-grams occurred before in it."""
+    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
+    return bool(grams) and 1 - len(set(grams)) / len(grams) > 0.3

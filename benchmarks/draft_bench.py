@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from benchmarks.batched_generation import BatchedLlama, Response
+from benchmarks.batched_generation import BatchedLlama, Response, repetitive
 from benchmarks.draft_prompts import Prompts
 from benchmarks.draft_scale import Scale
+from benchmarks.draft_step import PEAK_FLOPS
 from benchmarks.draft_store import Store
 from unmask.config import DistillConfig
 from unmask.decoding.speculative import speculative_decode
@@ -31,8 +32,6 @@ from unmask.training.sequences import SequenceSet, TokenSequence
 from unmask.training.training_state import resume_state, save_state
 from unmask.types import SamplingOptions
 
-PEAK_FLOPS = 800e12
-"""bfloat16 products measured on an H100."""
 DEVELOPMENT = "development"
 FIRST, MORE, FRESH = "train", "more", "fresh@1"
 """Training sets: recipes are chosen by the first, the second is trained on beside it, the third is a second stage's."""
@@ -301,9 +300,3 @@ class Benchmark:
             told = [Response(r.prompt, tuple(x.token_ids), ()) for r, x in zip(chosen, results, strict=True)]
             rows += self.rows(shared | {"loop": "real, float32"}, name, told, [x.accepted for x in results])
         return rows
-
-
-def repetitive(tokens: Sequence[int]) -> bool:
-    """Whether more than 30 % of a response's 4-grams occurred before in it."""
-    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
-    return bool(grams) and 1 - len(set(grams)) / len(grams) > 0.3

@@ -30,6 +30,7 @@ from unmask.training.head import TrainingHead
 from unmask.training.sequences import Batch, SequenceSet, TokenSequence
 
 PEAK_FLOPS = 800e12
+"""bfloat16 products measured on an H100."""
 _KINDS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 SHAPES: dict[str, tuple[dict[str, int], int, int, int]] = {
     # widths, target layers, block size, length of a sequence
