@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=[""], metavar="PREFIX", help="cases whose names begin so")
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds of this call")
     parser.add_argument("--list", action="store_true", help="print the cases and which are done")
-    parser.add_argument("--main-seconds", type=float, help="of the main training (default: 270)")
+    parser.add_argument("--main-seconds", type=float, help="of the main training (default: 240)")
     parser.add_argument("--device", help="of the cases that need no GPU, such as ngrams: cpu")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--no-compile", action="store_true", help="train without torch.compile")
