@@ -34,7 +34,6 @@ from unmask.capture import rejected_anchors
 from unmask.config import DistillConfig
 from unmask.decoding.ngram import NgramProposer, replay
 from unmask.evaluation.replay import replay_draft
-from unmask.training.feature_cache import FeatureCache
 from unmask.training.sequences import TokenSequence
 from unmask.types import ServedRequest
 
@@ -149,10 +148,12 @@ def reference(bench: Benchmark) -> Outcome:
 
 
 def equal(bench: Benchmark) -> Outcome:
-    """Ours for the steps of `speculators`."""
+    """Ours for the steps of `speculators`; its draft is kept."""
     config = bench.scale.config
-    steps = bench.scale.comparison_steps
-    return _train_and_measure(bench, "main, steps of speculators", config, steps, bench.features())
+    trainer = bench.trainer(config, bench.features(), bench.new_draft(config.seed))
+    run = bench.run(trainer, steps=bench.scale.comparison_steps)
+    bench.store.keep_draft("equal", trainer.average)
+    return bench.measure(trainer.average, "ours", "main, steps of speculators", config, run), {"run": run}
 
 
 def ablation(bench: Benchmark, line: int, seed: int) -> Outcome:
@@ -160,7 +161,9 @@ def ablation(bench: Benchmark, line: int, seed: int) -> Outcome:
     name, change = ABLATIONS[line]
     config = replace(bench.scale.config, seed=seed, **(PUBLISHED | change))
     steps, features = bench.scale.ablation_steps, bench.features(to_choose=True)
-    return _train_and_measure(bench, name, config, steps, features, to_choose=True)
+    trainer = bench.trainer(config, features, bench.new_draft(config.seed))
+    run = bench.run(trainer, steps=steps)
+    return bench.measure(trainer.average, "ours", name, config, run, to_choose=True), {"run": run}
 
 
 def second(bench: Benchmark, stage: int, seed: int) -> Outcome:
@@ -193,14 +196,6 @@ def _texts(bench: Benchmark, draft: Any, responses: list[Response], *, rejected:
         anchors = tuple(len(response.prompt) + anchor for anchor in rejected_anchors(request))
         found.append(TokenSequence(response.prompt + response.tokens, len(response.prompt), anchors))
     return found
-
-
-def _train_and_measure(
-    bench: Benchmark, name: str, config: DistillConfig, steps: int, features: FeatureCache, *, to_choose: bool = False
-) -> Outcome:
-    trainer = bench.trainer(config, features, bench.new_draft(config.seed))
-    run = bench.run(trainer, steps=steps)
-    return bench.measure(trainer.average, "ours", name, config, run, to_choose=to_choose), {"run": run}
 
 
 def cases() -> dict[str, Callable[[Benchmark], Outcome]]:

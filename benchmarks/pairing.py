@@ -60,7 +60,7 @@ def main() -> None:
             write_weights(SHAPES[arguments.shape], arguments.folder)
         switched = (("native",), ("remote",)) if arguments.tiny else (("native", "remote", "tcp"), ("production",))
         engines = [[mode for mode in modes if mode in arguments.modes] for modes in (("target",), *switched)]
-        with draft_process(arguments):
+        with draft_process(arguments, "--shape", arguments.shape):
             for modes in filter(None, engines):
                 for row in engine_rows(arguments, modes):
                     rows.append(row)
@@ -69,12 +69,16 @@ def main() -> None:
 
 
 @contextmanager
-def draft_process(arguments: argparse.Namespace) -> Iterator[subprocess.Popen]:
-    """The draft, on the last GPU; it serves mailboxes and its link file."""
-    folder, shape = arguments.folder, SHAPES[arguments.shape]
+def draft_process(arguments: argparse.Namespace, *draft: str) -> Iterator[subprocess.Popen]:
+    """The draft, on the last GPU; it serves mailboxes and its link file.
+
+    Args:
+        draft: what `benchmarks.pairing_draft` is to serve.
+    """
+    folder = arguments.folder
     (folder / "secret").write_bytes(SECRET)
     device = "cpu" if arguments.tiny else "cuda"
-    command = [sys.executable, "-m", "benchmarks.pairing_draft", f"--shape={shape.name}", f"--folder={folder}"]
+    command = [sys.executable, "-m", "benchmarks.pairing_draft", *draft, f"--folder={folder}"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu(arguments.gpus - 1)}
     process = subprocess.Popen([*command, f"--device={device}"], stdin=subprocess.PIPE, env=environment)
     try:

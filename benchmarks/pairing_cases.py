@@ -48,7 +48,7 @@ def main() -> None:
             write_shape(SHAPES[arguments.shape], arguments.folder)
             if arguments.tiny:
                 write_weights(SHAPES[arguments.shape], arguments.folder)
-            with draft_process(arguments) as draft:
+            with draft_process(arguments, "--shape", arguments.shape) as draft:
                 found = {"swap": swap, "share": share, "long": long}[case](arguments, draft)
         rows.append({"case": case, "shape": arguments.shape, "machine": machine_of(arguments), **found})
         print(json.dumps(rows[-1]), flush=True)

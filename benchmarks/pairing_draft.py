@@ -1,6 +1,6 @@
-"""The draft process of `benchmarks.pairing` and `pairing_cases`: random weights, served until standard input closes.
+"""The draft process of the pairing benchmarks: random weights or a trained draft, served until standard input closes.
 
-A line on standard input swaps in other weights; `swapped` then holds the versions before and after.
+A line on standard input swaps random weights for others; `swapped` then holds the versions before and after.
 """
 
 from __future__ import annotations
@@ -11,46 +11,56 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from benchmarks.pairing_shapes import SHAPES, K
+from benchmarks.pairing_shapes import SHAPES, Shape
+from unmask.checkpoints import load_draft
 from unmask.models.dflash import DFlashDraft
 from unmask.pairing.link_file import LinkConfig, write_link_file
 from unmask.pairing.server import DraftServer
+from unmask.pairing.vocabulary import load_vocabulary
+
+
+def random_weights(shape: Shape, device: str, dtype: torch.dtype) -> tuple[DFlashDraft, DFlashDraft, Tensor, Tensor]:
+    """A draft, another in the host's memory as if its files had been read, the embedding and the head."""
+    with torch.device(device):
+        draft, other = (DFlashDraft(shape.draft()).to(dtype).requires_grad_(False) for _ in range(2))
+        tables = [torch.randn(shape.vocab_size, shape.hidden, dtype=dtype) for _ in range(1 if shape.tied else 2)]
+    return draft, other.cpu(), tables[0], tables[-1]
 
 
 def main() -> None:
     """Serve mailboxes in `boxes`, and a TCP address that is written to `address`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--shape", choices=sorted(SHAPES), required=True)
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--shape", choices=sorted(SHAPES))
+    kind.add_argument("--pair", nargs=2, type=Path, metavar=("TARGET", "DRAFT"), help="directories with weights")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--device", required=True)
     arguments = parser.parse_args()
-    shape, on_gpu = SHAPES[arguments.shape], arguments.device == "cuda"
+    on_gpu = arguments.device == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     torch.set_num_threads(1)
-
-    def new_draft() -> DFlashDraft:
-        with torch.device(arguments.device):
-            return DFlashDraft(shape.draft()).to(dtype).requires_grad_(False)
-
-    # As a draft whose files have been read.
-    other = new_draft().cpu()
-    draft = new_draft()
-    with torch.device(arguments.device):
-        tables = [torch.randn(shape.vocab_size, shape.hidden, dtype=dtype) for _ in range(1 if shape.tied else 2)]
+    if arguments.pair:
+        target, path = arguments.pair
+        draft, other = load_draft(path, dtype).to(arguments.device).requires_grad_(False), None
+        embedding, head = (table.to(arguments.device) for table in load_vocabulary(target, dtype))
+    else:
+        draft, other, embedding, head = random_weights(SHAPES[arguments.shape], arguments.device, dtype)
+    k = draft.config.block_size - 1
     secret = arguments.folder / "secret"
     server = DraftServer(
         draft,
-        tables[0],
-        tables[-1],
+        embedding,
+        head,
         secret.read_bytes(),
         memory_mb=8192 if on_gpu else 64,
-        graph_ks=[K, K // 2],
+        graph_ks=[k, k // 2],
         mailbox_folder=arguments.folder / "boxes",
     )
     server.start()
     write_link_file(arguments.folder / "address", LinkConfig(address=server.address, secret_file=str(secret)))
-    if os.read(sys.stdin.fileno(), 4096):
+    if os.read(sys.stdin.fileno(), 4096) and other is not None:
         before = server.stats().draft_version
         after = server.swap(other)
         (arguments.folder / "swapped").write_text(f"{before} {after}")
