@@ -76,6 +76,9 @@ class SpeculatorsTrainer:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizers = build_optimizers(self.model, _muon(config.learning_rate))
         self.loss = resolve_loss_config("ce", "fused" if cuda else "eager")
+        # Inside of a graph torch 2.11's compiler fails on the kernel's list of configurations ("already tracked for
+        # mutation"); between two graphs it runs as it is.
+        self.loss = {name: (torch.compiler.disable(loss), weight) for name, (loss, weight) in self.loss.items()}
         self.steps_done = 0
 
     def step(self, progress: float) -> dict[str, Tensor]:

@@ -143,7 +143,7 @@ class RemoteDraft:
             self._clock.controller.forget_acceptance()
         num_rows = int(step.common_attn_metadata.query_start_loc_cpu[num_requests])
         k = self._clock.verified(requests, num_rows, drafted, sampled_token_ids)
-        proposals = self._link.propose(rows, features, finished, k)
+        proposals = self._link.propose(rows, features, finished, k, min_chance=self._clock.min_chance)
         self._clock.drafted(sum(row.last_token >= 0 for row in rows), k, answered=any(proposals))
         return proposals
 

@@ -160,7 +160,7 @@ def _start_server(config: AppConfig, secret: str) -> tuple[DraftServer, TargetRe
     # Imported where the replica runs: the process that builds the application loads no model code.
     import torch
 
-    from unmask.checkpoints import check_pairing, load_draft
+    from unmask.checkpoints import check_pairing, load_confidence, load_draft
     from unmask.pairing.graphed_blocks import halvings
     from unmask.pairing.server import DraftServer
     from unmask.pairing.vocabulary import load_vocabulary
@@ -183,6 +183,7 @@ def _start_server(config: AppConfig, secret: str) -> tuple[DraftServer, TargetRe
         host=ray.util.get_node_ip_address(),
         memory_mb=options.draft_memory_mb,
         record=record,
+        confidence=load_confidence(path),
         # A K without a graph of its own would have one recorded while a step waits for it.
         graph_ks=sorted({options.num_speculative_tokens or largest, *halvings(largest)}),
         mailbox_folder=_mailbox_folder() if on_gpu else None,

@@ -72,6 +72,19 @@ def reference_block(
 
     `positions` [T] are given where features are missing; the anchor follows the last.
     """
+    hidden = reference_states(draft, vocabulary, raw, last_token, k, positions)
+    return (hidden @ vocabulary.T).argmax(-1).tolist()
+
+
+def reference_states(
+    draft: DFlashDraft,
+    vocabulary: Tensor,
+    raw: Tensor,
+    last_token: int,
+    k: int,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """Final states [K, H] of such a block."""
     positions = torch.arange(len(raw)) if positions is None else positions
     keys, values = draft.context_kv(draft.project_features(raw), positions)
     length, anchor = len(raw), int(positions[-1]) + 1
@@ -79,8 +92,7 @@ def reference_block(
     x_BQH = F.embedding(ids, vocabulary)[None]
     positions_BQ = torch.arange(anchor, anchor + k + 1)[None]
     mask = torch.ones(1, 1, k + 1, length + k + 1, dtype=torch.bool)
-    hidden = draft(x_BQH, positions_BQ, keys[:, None], values[:, None], mask)[0, 1:]
-    return (hidden @ vocabulary.T).argmax(-1).tolist()
+    return draft(x_BQH, positions_BQ, keys[:, None], values[:, None], mask)[0, 1:]
 
 
 def row(request: int, start: int, num_features: int, last_token: int = 1) -> ProposalRow:

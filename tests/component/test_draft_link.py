@@ -209,7 +209,10 @@ def test_a_step_may_ask_for_less(serve, connect, vocabulary) -> None:
     raw = raw_features(9, seed=1)
     assert link.propose([row(1, 0, 8)], raw[:8], k=0) == [[]]
     assert link.propose([row(1, 8, 1)], raw[8:], k=2) == [reference_block(tiny_draft(), vocabulary, raw, 1, 2)]
-    assert link.propose([row(1, 9, 0)], raw[:0], k=99) == [reference_block(tiny_draft(), vocabulary, raw, 1, K)]
+    # A draft without a confidence head cannot tell what is not worth it.
+    assert link.propose([row(1, 9, 0)], raw[:0], k=99, min_chance=0.9) == [
+        reference_block(tiny_draft(), vocabulary, raw, 1, K)
+    ]
 
 
 def test_a_wrong_secret_is_refused_and_then_mended(serve, connect, vocabulary, tmp_path) -> None:

@@ -359,6 +359,9 @@ def plain(target: Path) -> Plain:
 def llm(request, target: Path, draft: Draft, plain: Plain) -> Iterator[Any]:
     with v2_engine(target, request.param, draft, enable_prefix_caching=True) as llm:
         yield llm
+    # A draft without targets holds nothing.
+    eventually(lambda: draft.stats().resident_requests == 0, 10)
+    assert draft.stats().resident_pages == 0
 
 
 def test_greedy_text_is_the_targets_own(llm: Any, plain: Plain) -> None:
@@ -460,9 +463,3 @@ def test_a_draft_that_stops_dies_and_comes_back_changes_no_token(llm: Any, draft
         after = counters(llm)
         assert after["answered"] > before["answered"]
         assert after["released"] == before["released"]
-
-
-def test_a_draft_without_targets_holds_nothing(draft: Draft) -> None:
-    """Last: the engines are gone."""
-    eventually(lambda: draft.stats().resident_requests == 0, 10)
-    assert draft.stats().resident_pages == 0

@@ -16,11 +16,13 @@ from tests.pairing_tools import (
     VOCAB,
     raw_features,
     reference_block,
+    reference_states,
     row,
     tiny_draft,
     tiny_vocabulary,
 )
 from unmask.errors import PairingError, WireError
+from unmask.objectives.confidence import ConfidenceHead
 from unmask.pairing.draft_engine import DraftEngine
 from unmask.pairing.projection import Projection
 from unmask.pairing.wire import Proposals, Step, pack_hashes, pack_rows
@@ -80,6 +82,35 @@ def test_a_block_equals_the_concatenating_reference(draft, vocabulary, engine, k
     raw = raw_features(length, seed=length)
     proposed = run(engine, make_step(engine, [row(1, 0, length, 5)], [raw], k))
     assert proposed == [reference_block(draft, vocabulary, raw, 5, k)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    weight=st.floats(-3, 3),
+    bias=st.lists(st.floats(-3, 3), min_size=K, max_size=K),
+    min_chances=st.lists(st.integers(0, 65535).map(lambda n: n / 65535), min_size=2, max_size=2),
+    lengths=st.lists(st.integers(1, 12), min_size=2, max_size=4),
+    k=st.integers(1, K),
+)
+def test_a_block_ends_where_its_rows_are_not_worth_verifying(
+    weight: float, bias: list[float], min_chances: list[float], lengths: list[int], k: int
+) -> None:
+    """Two targets that ask for different chances, against the head applied to each request's block alone."""
+    draft, vocabulary = tiny_draft(), tiny_vocabulary()
+    head = ConfidenceHead(HIDDEN, K).requires_grad_(False)
+    head.weight[0], head.bias[:] = weight, torch.tensor(bias)
+    engine = DraftEngine(draft, vocabulary, vocabulary, memory_mb=4, page_size=4, confidence=head)
+    raws = [raw_features(length, seed=i) for i, length in enumerate(lengths)]
+    rows = [row(i, 0, length, 5) for i, length in enumerate(lengths)]
+    steps = [replace(make_step(engine, rows, raws, k), min_chance=chance) for chance in min_chances]
+    for step, chance, reply in zip(steps, min_chances, engine.step(list(enumerate(steps))), strict=True):
+        for raw, proposed in zip(raws, ids(reply), strict=True):
+            chances = head.chances(reference_states(draft, vocabulary, raw, 5, k)[None])[0]
+            sure = int((chances >= chance + 1e-5).sum())
+            allowed = range(max(sure, 1), max(int((chances >= chance - 1e-5).sum()), 1) + 1)
+            assert len(proposed) in allowed
+            assert proposed == reference_block(draft, vocabulary, raw, 5, k)[: len(proposed)]
+        assert step.min_chance or all(len(proposed) == k for proposed in ids(reply))
 
 
 def test_chunks_and_truncation_equal_one_append(draft, vocabulary, engine) -> None:

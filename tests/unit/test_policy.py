@@ -129,6 +129,28 @@ def test_without_measurements_all_is_drafted() -> None:
         KController([])
 
 
+def test_a_row_has_to_be_worth_its_time() -> None:
+    """At R tokens a second, rows that take s seconds and are accepted with a chance below s R are in the way."""
+    controller = KController([3])
+    assert controller.min_chance(4) == 0
+    for batch_size in [1, 2, 4, 8] * 40:
+        for rows in (batch_size, 4 * batch_size):
+            controller.observe_cost("verify", rows, 1e-3 + 1e-4 * rows)
+        controller.observe_acceptance([3], [1])
+    for batch_size in (1, 2, 4, 8):
+        rate = batch_size * controller.acceptance.lengths()[3] / (1e-3 + 4e-4 * batch_size)
+        assert controller.min_chance(batch_size) == pytest.approx(1e-4 * rate, rel=1e-2)
+    # A machine that is bound by memory verifies further rows for nothing; one that is not does little else.
+    free, dear = KController([3]), KController([3])
+    for rows in (1, 4) * 50:
+        free.observe_cost("verify", rows, 1e-2)
+        dear.observe_cost("verify", rows, 1e-3 * rows)
+    assert free.min_chance(1) == 0
+    dear.observe_acceptance([3] * 50, [3] * 50)
+    assert dear.min_chance(1) == 0.9
+    assert KController([0]).min_chance(1) == 0
+
+
 def test_costs_are_monotone_and_ignore_a_pause() -> None:
     curve = CostCurve()
     assert curve.seconds(np.array([4])) is None

@@ -55,6 +55,7 @@ def steps(draw: st.DrawFn) -> Step:
         features=torch.randn(sum(r.num_features for r in rows), width).to(dtype),
         finished=np.array(draw(st.lists(U64, max_size=4)), dtype="<u8"),
         page_hashes=wire.pack_hashes(rows),
+        min_chance=draw(st.integers(0, 65535)) / 65535,
     )
 
 
@@ -65,7 +66,7 @@ def joined(parts: list[wire.Buffer]) -> bytearray:
 @given(steps())
 def test_a_step_survives_the_wire(step: Step) -> None:
     read = wire.decode_step(joined(wire.encode_step(step)))
-    for name in ("draft_version", "epoch", "number", "num_speculative_tokens"):
+    for name in ("draft_version", "epoch", "number", "num_speculative_tokens", "min_chance"):
         assert getattr(read, name) == getattr(step, name)
     np.testing.assert_array_equal(read.rows, step.rows)
     np.testing.assert_array_equal(read.finished, step.finished)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.vllm.remote_tools import SECRET, LookupDraft, remote_engine
 from tests.vllm.vllm_tools import K, engine, greedy, make_draft
 from unmask.checkpoints import load_draft
 from unmask.config import EMBEDDED_TARGET
+from unmask.objectives.confidence import ConfidenceHead
 from unmask.pairing.server import DraftServer
 from unmask.pairing.vocabulary import load_vocabulary
 from unmask.pairing.wire import Proposals, Step
@@ -30,6 +32,37 @@ class WholePrompts(LookupDraft):
             if start == 0:
                 (self.of_request[request],) = [t for t in self.texts if len(t) == num_features + NUM_TOKENS]
         return super()._answer(step)
+
+
+def recording(own_step: Callable[[list], list], asked: list[tuple[int, int]]) -> Callable[[list], list]:
+    """Steps of an engine, and for each the K that was asked for and the longest block of the answer."""
+
+    def step(batch: list) -> list:
+        replies = own_step(batch)
+        for (_, step), reply in zip(batch, replies, strict=True):
+            asked.append((step.num_speculative_tokens, int(reply.counts.max(initial=0))))
+        return replies
+
+    return step
+
+
+@pytest.mark.slow
+def test_blocks_end_where_the_head_doubts_them(target: Path, tmp_path: Path, prompts, plain_texts) -> None:
+    """Rows that cost the target time and are hardly ever accepted are not proposed; the text is the same."""
+    draft = load_draft(make_draft(target, tmp_path / "draft"))
+    head = ConfidenceHead(draft.config.hidden_size, K).requires_grad_(False)
+    head.bias[:2], head.bias[2:] = 5, -9
+    asked: list[tuple[int, int]] = []
+    with remote_engine(target, tmp_path) as remote:
+        remote.link_options["adaptive_k"] = True
+        server = DraftServer(draft, *load_vocabulary(target, torch.float32), SECRET, confidence=head)
+        server._engine.step = recording(server._engine.step, asked)
+        remote.use(server)
+        assert greedy(remote.llm, prompts, NUM_TOKENS) == plain_texts
+        assert remote.link.status["failures"] == 0
+    # What a row costs is known from the second step on, and a K is kept for sixteen.
+    assert (K, 2) in asked
+    assert asked.index((K, 2)) < 8
 
 
 @pytest.mark.slow
@@ -56,14 +89,7 @@ def test_a_lower_k_changes_no_token(target: Path, tmp_path: Path, prompts, plain
         remote.link_options["adaptive_k"] = True
         server = DraftServer(draft, *vocabulary, SECRET)
         own_step = server._engine.step
-
-        def recording(batch: list) -> list:
-            replies = own_step(batch)
-            for (_, step), reply in zip(batch, replies, strict=True):
-                asked.append((step.num_speculative_tokens, int(reply.counts.max(initial=0))))
-            return replies
-
-        server._engine.step = recording
+        server._engine.step = recording(lambda batch: own_step(batch), asked)
         remote.use(server)
         assert greedy(remote.llm, prompts, NUM_TOKENS) == plain_texts
         assert remote.link.status["failures"] == 0

@@ -26,9 +26,9 @@ class ConfidenceHead(nn.Module):
         states = F.normalize(hidden_NKH.detach().float(), dim=-1) * hidden_NKH.shape[-1] ** 0.5
         return states @ self.weight + self.bias[: hidden_NKH.shape[-2]]
 
-    def expected_accepted(self, hidden_NKH: Tensor) -> Tensor:
-        """Expected accepted drafts [N, K] of a block cut after each of its rows."""
-        return self(hidden_NKH).sigmoid().cumprod(-1).cumsum(-1)
+    def chances(self, hidden_NKH: Tensor) -> Tensor:
+        """Chance [N, K] that each row of a block is accepted: that all before it are, and it is. It never rises."""
+        return self(hidden_NKH).sigmoid().cumprod(-1)
 
 
 def confidence_loss(logits_NK: Tensor, rows: Rows, valid_NK: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from unmask.masking.anchored import context_mask
 from unmask.models.dflash import DFlashDraft
+from unmask.objectives.confidence import ConfidenceHead
 from unmask.pairing.context_cache import ContextCache
 from unmask.pairing.page_tables import PageTable
 
@@ -23,13 +24,22 @@ class BlockDrafter:
         draft: the network, on its device.
         embedding: the target's token embeddings [V, H]; `lm_head` its LM head [V, H].
         cache: context of the requests that page tables name.
+        confidence: the draft's confidence head, if it has one.
     """
 
     in_place = False
     """Whether `adopt` can put other weights into the ones that are used."""
 
-    def __init__(self, draft: DFlashDraft, embedding: Tensor, lm_head: Tensor, cache: ContextCache) -> None:
+    def __init__(
+        self,
+        draft: DFlashDraft,
+        embedding: Tensor,
+        lm_head: Tensor,
+        cache: ContextCache,
+        confidence: ConfidenceHead | None = None,
+    ) -> None:
         self._draft, self._embedding, self._lm_head, self._cache = draft, embedding, lm_head, cache
+        self._confidence = confidence
 
     def append(self, context: Tensor, positions: np.ndarray, slots: np.ndarray) -> None:
         """Store what context rows [T, H] at `positions` [T] contribute to attention at `slots` [T] of the cache."""
@@ -43,6 +53,21 @@ class BlockDrafter:
 
     def draft(self, last_tokens: np.ndarray, anchors: np.ndarray, table: PageTable, k: int) -> np.ndarray:
         """Greedy ids int32 [B, K] of requests with the anchor token `last_tokens` at position `anchors`."""
+        return self._ids(self._states(last_tokens, anchors, table, k))
+
+    def draft_worthwhile(
+        self, last_tokens: np.ndarray, anchors: np.ndarray, table: PageTable, k: int, min_chance: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The same, and how many of each block [B] to propose: those that are accepted with at least the chance
+        `min_chance` [B] by the confidence head, but always the first. Without a head all."""
+        if self._confidence is None or not min_chance.any():
+            return self.draft(last_tokens, anchors, table, k), np.full(len(anchors), k)
+        states_BKH = self._states(last_tokens, anchors, table, k)
+        chances_BK = self._confidence.chances(states_BKH).cpu().numpy()
+        return self._ids(states_BKH), (chances_BK >= min_chance[:, None]).sum(1).clip(min=1)
+
+    def _states(self, last_tokens: np.ndarray, anchors: np.ndarray, table: PageTable, k: int) -> Tensor:
+        """Final states [B, K, H] of the masked rows."""
         device = self._embedding.device
         ids_BQ = torch.full((len(anchors), k + 1), self._draft.config.mask_token_id, dtype=torch.int64)
         ids_BQ[:, 0] = torch.from_numpy(last_tokens)
@@ -51,9 +76,11 @@ class BlockDrafter:
         keys, values = self._cache.gather(table)
         lengths, gaps = (torch.from_numpy(a).to(device) for a in (table.lengths, table.gaps))
         mask = context_mask(lengths, keys.shape[2], k + 1, gaps)
-        hidden_BQH = self._draft(x_BQH, positions_BQ.to(device), keys, values, mask)
-        ids = most_likely(hidden_BQH[:, 1:].flatten(0, 1), self._lm_head)
-        return ids.view(-1, k).to("cpu", torch.int32).numpy()
+        return self._draft(x_BQH, positions_BQ.to(device), keys, values, mask)[:, 1:]
+
+    def _ids(self, states_BKH: Tensor) -> np.ndarray:
+        ids = most_likely(states_BKH.flatten(0, 1), self._lm_head)
+        return ids.view(states_BKH.shape[:2]).to("cpu", torch.int32).numpy()
 
 
 def most_likely(hidden_NH: Tensor, lm_head: Tensor) -> Tensor:

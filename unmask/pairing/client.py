@@ -135,6 +135,7 @@ class DraftLink:
         finished: Sequence[int] = (),
         k: int | None = None,
         version: int | None = None,
+        min_chance: float = 0.0,
     ) -> list[list[int]]:
         """Proposals for one step.
 
@@ -144,6 +145,7 @@ class DraftLink:
             finished: requests that will not be named again.
             k: K of this step if lower than `num_speculative_tokens`; at 0 the draft takes in the rows and drafts none.
             version: of the draft whose projection has made `features` [T, H] already; another draft is not asked.
+            min_chance: of acceptance; less likely ids are not proposed by a draft that can tell.
 
         Returns:
             At most K ids a row; empty lists where there is no proposal, for whatever reason.
@@ -152,7 +154,9 @@ class DraftLink:
             rows = [replace(row, last_token=-1) for row in rows]
         if version is None:
             proposals = self._exchange(
-                version, k, lambda c, k, end: c.propose(rows, features, finished, k=k, deadline=end)
+                version,
+                k,
+                lambda c, k, end: c.propose(rows, features, finished, k=k, deadline=end, min_chance=min_chance),
             )
         else:
             packed, hashes = pack_rows(rows), pack_hashes(rows)

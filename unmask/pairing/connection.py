@@ -77,14 +77,29 @@ class DraftConnection:
         return connection
 
     def propose(
-        self, rows: Sequence[ProposalRow], features: Tensor, finished: Sequence[int], *, k: int, deadline: float
+        self,
+        rows: Sequence[ProposalRow],
+        features: Tensor,
+        finished: Sequence[int],
+        *,
+        k: int,
+        deadline: float,
+        min_chance: float = 0.0,
     ) -> Proposals:
         """Project raw features [T, D * H], send them, and wait for the proposals.
 
         Raises WireError, OSError, DraftReplacedError.
         """
         context = self._projection(features)
-        return self.exchange(pack_rows(rows), context, finished, hashes=pack_hashes(rows), k=k, deadline=deadline)
+        return self.exchange(
+            pack_rows(rows),
+            context,
+            finished,
+            hashes=pack_hashes(rows),
+            k=k,
+            deadline=deadline,
+            min_chance=min_chance,
+        )
 
     def exchange(
         self,
@@ -95,6 +110,7 @@ class DraftConnection:
         k: int,
         deadline: float,
         hashes: np.ndarray = NO_HASHES,
+        min_chance: float = 0.0,
     ) -> Proposals:
         """Send `ROW` records, whose features this draft's projection has made [T, H], and wait (see `propose`)."""
         self._steps += 1
@@ -107,6 +123,7 @@ class DraftConnection:
             features=context.to("cpu", self.hello.projection.fc.dtype),
             finished=np.array(finished, dtype="<u8"),
             page_hashes=hashes,
+            min_chance=min_chance,
         )
         self.channel.send(Kind.STEP, encode_step(step), deadline)
         payload = _receive(self.channel, Kind.PROPOSALS, MAX_MESSAGE_BYTES, deadline)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from unmask.errors import PairingError, WireError
 from unmask.models.dflash import DFlashDraft
+from unmask.objectives.confidence import ConfidenceHead
 from unmask.pairing.ahead_step import AheadStep, Booking
 from unmask.pairing.block_drafter import BlockDrafter
 from unmask.pairing.context_cache import ContextCache
@@ -44,6 +45,8 @@ class DraftEngine:
         embedding: the target's token embeddings [V, H].
         lm_head: the target's LM head [V, H].
         record: the target that the draft was trained for, where it is recorded.
+        confidence: the draft's confidence head, if it has one. It cuts blocks for targets that say what a row must be
+            worth; on a GPU, where a step verifies equally many rows of all requests, it is not used.
         memory_mb: bound of the context cache in MiB.
         page_size: positions per cache page.
         graph_ks: on a GPU, the Ks to record graphs for ahead of serving; None is block size - 1 and its halvings.
@@ -56,6 +59,7 @@ class DraftEngine:
         lm_head: Tensor,
         *,
         record: TargetRecord | None = None,
+        confidence: ConfidenceHead | None = None,
         memory_mb: float = 256,
         page_size: int = PAGE_SIZE,
         graph_ks: Sequence[int] | None = None,
@@ -73,10 +77,12 @@ class DraftEngine:
         self.proposals_with_gap = 0
         """Blocks that were drafted without all of their context."""
         self._cache = self._new_cache(draft)
-        self._draft, self._blocks = draft, self._new_blocks(draft, self._cache)
+        self._draft, self._blocks = draft, self._new_blocks(draft, self._cache, confidence)
         self.hello: Hello = hello_of(draft, draft_version(draft), record)
 
-    def swap(self, draft: DFlashDraft, record: TargetRecord | None = None) -> int:
+    def swap(
+        self, draft: DFlashDraft, record: TargetRecord | None = None, confidence: ConfidenceHead | None = None
+    ) -> int:
         """Replace the weights between two steps; the time between them grows by an exchange of references.
 
         The draft is best given on the host, from where it comes to the device piece by piece beside the steps; it is
@@ -108,7 +114,7 @@ class DraftEngine:
         if not in_place:
             sizes = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim, draft.fc.weight.dtype)
             cache = cache if cache.fits(*sizes) else self._new_cache(draft)
-            blocks = self._new_blocks(draft, cache)
+            blocks = self._new_blocks(draft, cache, confidence)
         with self._lock:
             if in_place:
                 blocks.adopt(draft)
@@ -261,9 +267,9 @@ class DraftEngine:
             page_size=self._page_size,
         )
 
-    def _new_blocks(self, draft: DFlashDraft, cache: ContextCache) -> BlockDrafter:
+    def _new_blocks(self, draft: DFlashDraft, cache: ContextCache, confidence: ConfidenceHead | None) -> BlockDrafter:
         if not draft.fc.weight.is_cuda:
-            return BlockDrafter(draft.eval(), self._embedding, self._lm_head, cache)
+            return BlockDrafter(draft.eval(), self._embedding, self._lm_head, cache, confidence)
         blocks = GraphedBlocks(draft.eval(), self._embedding, self._lm_head, cache)
         largest = draft.config.block_size - 1
         blocks.record([k for k in self._graph_ks or halvings(largest) if k <= largest])
@@ -274,6 +280,7 @@ class DraftEngine:
         num_rows = [len(step.rows) for _, step in current]
         sessions = np.repeat([session for session, _ in current], num_rows)
         k_of_row = np.repeat([step.num_speculative_tokens for _, step in current], num_rows)
+        min_chance = np.repeat([step.min_chance for _, step in current], num_rows)
         keys: list[Key] = list(zip(sessions.tolist(), rows["request"].tolist(), strict=True))
         starts, num_features = rows["start"].astype(np.int64), rows["num_features"].astype(np.int64)
         hashes = _by_row(np.concatenate([step.page_hashes for _, step in current]), rows["num_hashes"])
@@ -285,14 +292,19 @@ class DraftEngine:
         held = np.array([self._cache.tables.num_rows(key) > 0 for key in keys], dtype=bool)
         wanted = reserved.kept & held & (rows["last_token"] >= 0)
         wanted &= last < self._draft.config.max_position_embeddings
-        counts = np.where(wanted, k_of_row, 0)
+        asked = np.where(wanted, k_of_row, 0)
         tokens = np.zeros((len(rows), int(k_of_row.max())), dtype=np.int32)
         # Block rows see one another, so that K is part of the question: requests of unequal K never share a forward.
-        for k in np.unique(counts[wanted]).tolist():
-            picked = np.flatnonzero(counts == k)
+        counts = asked.copy()
+        for k in np.unique(asked[wanted]).tolist():
+            picked = np.flatnonzero(asked == k)
             table = self._cache.tables.table([keys[i] for i in picked])
             self.proposals_with_gap += int((table.gaps[:, 1] > table.gaps[:, 0]).sum())
-            tokens[picked, :k] = self._blocks.draft(rows["last_token"][picked], anchors[picked], table, k)
+            tokens[picked, :k], counts[picked] = self._blocks.draft_worthwhile(
+                rows["last_token"][picked], anchors[picked], table, k, min_chance[picked]
+            )
+        # Behind its count a row holds zeros.
+        tokens[np.arange(tokens.shape[1]) >= counts[:, None]] = 0
         return tokens, counts
 
     def _append(self, features: list[Tensor], reserved: Reservation, num_features: np.ndarray) -> None:

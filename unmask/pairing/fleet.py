@@ -119,6 +119,7 @@ class DraftFleet:
         finished: Sequence[int] = (),
         k: int | None = None,
         version: int | None = None,
+        min_chance: float = 0.0,
     ) -> list[list[int]]:
         """Proposals for one step (see `DraftLink.propose`), all drafts at work at the same time."""
         ended: dict[int, list[int]] = {}
@@ -135,7 +136,7 @@ class DraftFleet:
                 picked = [np.arange(ends[i] - rows[i].num_features, ends[i]) for i in shares[home]]
                 index = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *picked]))
                 own = features.index_select(0, index.to(features.device))
-            return self.links[home].propose(mine, own, ended.get(home, ()), k, version)
+            return self.links[home].propose(mine, own, ended.get(home, ()), k, version, min_chance)
 
         proposals: list[list[int]] = [[] for _ in rows]
         asked = sorted(home for home in shares if home < len(self.links))

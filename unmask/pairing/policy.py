@@ -23,6 +23,8 @@ _OUTLIER = 4.0
 _ACCEPTANCE_DECAY = 0.98
 _PRIOR_ACCEPTANCE = 0.7
 _PRIOR_EVIDENCE = 4.0
+_MAX_CHANCE = 0.9
+"""Asked of a drafted row at most, however dear the target's rows seem."""
 
 
 class CostCurve:
@@ -137,6 +139,19 @@ class KController:
         if self._kept > self._dwell and rates[best] > (1 + self._margin) * rates[self._current]:
             self._current, self._kept = best, 0
         return int(self.ks[self._current])
+
+    def min_chance(self, batch_size: int) -> float:
+        """The least chance of acceptance at which a drafted row of a step of `batch_size` requests is worth verifying.
+
+        With chance p a row adds p tokens and takes the target the seconds s of one row more. It raises the rate R of
+        tokens a second where p / s > R (Dinkelbach's condition), so that the bound is s * R; without measurements 0.
+        """
+        most = batch_size * (int(self.ks[self._current]) + 1)
+        seconds = self.costs["verify"].seconds(np.array([batch_size, most]))
+        if seconds is None or most == batch_size:
+            return 0.0
+        of_a_row = (seconds[1] - seconds[0]) / (most - batch_size)
+        return float(min(of_a_row * self.rates(batch_size)[self._current], _MAX_CHANCE))
 
     def table(self, max_batch_size: int) -> list[int]:
         """The best K for each batch size 0 .. `max_batch_size`, without hysteresis."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from unmask.checkpoints import check_pairing, load_draft
+from unmask.checkpoints import check_pairing, load_confidence, load_draft
 from unmask.pairing.server import DraftServer
 from unmask.types import TargetRecord
 
@@ -25,4 +25,4 @@ def replace_draft(server: DraftServer, path: str | Path, record: TargetRecord) -
         PairingError: it was made for another target. In both cases the old draft goes on serving.
     """
     check_pairing(path, record)
-    return server.swap(load_draft(path, server.weights.dtype), record)
+    return server.swap(load_draft(path, server.weights.dtype), record, load_confidence(path))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from unmask.errors import WireError
 from unmask.models.dflash import DFlashDraft
+from unmask.objectives.confidence import ConfidenceHead
 from unmask.pairing.batcher import Batcher
 from unmask.pairing.channel import UNIX_PREFIX, Channel, listen
 from unmask.pairing.draft_engine import DraftEngine
@@ -81,6 +82,7 @@ class DraftServer:
         port: TCP port; 0 picks a free one.
         memory_mb: bound of the context cache in MiB.
         record: the target that the draft was trained for, where it is recorded.
+        confidence: see `DraftEngine`.
         graph_ks: see `DraftEngine`.
         mailbox_folder: where targets of this host leave their mailboxes; its permissions say who may.
     """
@@ -95,10 +97,13 @@ class DraftServer:
         port: int = 0,
         memory_mb: float = 256,
         record: TargetRecord | None = None,
+        confidence: ConfidenceHead | None = None,
         graph_ks: Sequence[int] | None = None,
         mailbox_folder: Path | None = None,
     ) -> None:
-        self._engine = DraftEngine(draft, embedding, lm_head, record=record, memory_mb=memory_mb, graph_ks=graph_ks)
+        self._engine = DraftEngine(
+            draft, embedding, lm_head, record=record, confidence=confidence, memory_mb=memory_mb, graph_ks=graph_ks
+        )
         self._batcher = Batcher(self._engine, on_end=self._hang_up)
         self._secret = secret
         self._host, self._port = host, port
@@ -138,12 +143,14 @@ class DraftServer:
         """Whether the engine runs. One that has died has hung up on everybody."""
         return self._batcher.alive
 
-    def swap(self, draft: DFlashDraft, record: TargetRecord | None = None) -> int:
+    def swap(
+        self, draft: DFlashDraft, record: TargetRecord | None = None, confidence: ConfidenceHead | None = None
+    ) -> int:
         """Replace the weights between two steps; returns the new version (see `DraftEngine.swap`).
 
         Raises PairingError.
         """
-        return self._engine.swap(draft, record)
+        return self._engine.swap(draft, record, confidence)
 
     @property
     def weights(self) -> Tensor:

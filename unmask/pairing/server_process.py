@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from unmask.checkpoints import load_draft, read_config
+from unmask.checkpoints import load_confidence, load_draft, read_config
 from unmask.errors import UserError
 from unmask.pairing.handshake import read_secret
 from unmask.pairing.link_file import LinkConfig, write_link_file
@@ -69,6 +69,7 @@ def _build(arguments: argparse.Namespace) -> DraftServer:
         port=arguments.port,
         memory_mb=arguments.memory_mb,
         record=record,
+        confidence=load_confidence(arguments.draft),
         mailbox_folder=arguments.mailbox_folder,
     )
 

@@ -24,6 +24,8 @@ class StepClock:
         self._requests: frozenset[int] = frozenset()
         self._proposed_at = 0.0
         self._verified_at = 0.0
+        self.min_chance = 0.0
+        """Of acceptance, for the drafts of the next step (see `KController.min_chance`)."""
 
     def verified(
         self, requests: Sequence[int], num_rows: int, num_drafted: Sequence[int], sampled: Sequence[Sequence[int]]
@@ -43,7 +45,10 @@ class StepClock:
         self._requests = frozenset(requests)
         pairs = [(k, len(tokens) - 1) for k, tokens in zip(num_drafted, sampled, strict=True) if k and tokens]
         self.controller.observe_acceptance([k for k, _ in pairs], [length for _, length in pairs])
-        return self.controller.choose(max(sum(bool(tokens) for tokens in sampled), 1))
+        batch_size = max(sum(bool(tokens) for tokens in sampled), 1)
+        k = self.controller.choose(batch_size)
+        self.min_chance = self.controller.min_chance(batch_size)
+        return k
 
     def skip(self) -> None:
         """A step went by without the draft: the next one's time is not known."""

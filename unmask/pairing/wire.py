@@ -22,7 +22,7 @@ from torch import Tensor
 from unmask.errors import WireError
 from unmask.types import ProposalRow
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_MESSAGE_BYTES = 512 * 2**20
 """No frame is larger, except the draft's HELLO, whose size the target computes beforehand."""
 MAX_ROWS = 8192
@@ -38,9 +38,11 @@ ROW = np.dtype(
 
 _MAGIC = b"UNMK"
 _FRAME = struct.Struct("<4sBBHI")
-_STEP = struct.Struct("<QQQIIIIHBB20x")
+_STEP = struct.Struct("<QQQIIIIHBBH18x")
 _PROPOSALS = struct.Struct("<QQQIHH")
 _REASON_BYTES = 256
+_CHANCES = 2**16 - 1
+"""Steps of a chance on the wire."""
 
 FRAME_BYTES = _FRAME.size
 
@@ -79,6 +81,8 @@ class Step:
         features: projected feature rows [sum of `num_features`, H], in the order of `rows`.
         finished: uint64 numbers of requests that the draft may forget.
         page_hashes: uint64 hashes of context pages [sum of `num_hashes`], in the order of `rows`.
+        min_chance: chance of acceptance in [0, 1) below which a token is not worth proposing, to a draft with a
+            confidence head; kept in 65535ths.
     """
 
     draft_version: int
@@ -89,6 +93,7 @@ class Step:
     features: Tensor
     finished: np.ndarray
     page_hashes: np.ndarray = field(default_factory=lambda: NO_HASHES)
+    min_chance: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +188,7 @@ def encode_step(step: Step) -> list[Buffer]:
         step.num_speculative_tokens,
         DTYPES.index(features.dtype),
         0,
+        round(step.min_chance * _CHANCES),
     )
     numbers = [array.astype("<u8").tobytes() for array in (step.page_hashes, step.finished)]
     return [header, tensor_bytes(features), step.rows.tobytes(), *numbers]
@@ -192,7 +198,9 @@ def decode_step(payload: Buffer) -> Step:
     """Read a STEP payload; the features are a view of it. Raises WireError."""
     if len(payload) < _STEP.size:
         raise WireError("a STEP message is cut short")
-    version, epoch, number, num_rows, num_features, num_finished, width, k, code, reserved = _STEP.unpack_from(payload)
+    version, epoch, number, num_rows, num_features, num_finished, width, k, code, reserved, chance = _STEP.unpack_from(
+        payload
+    )
     dtype = dtype_of(code)
     if reserved or not 1 <= k <= MAX_SPECULATIVE_TOKENS or num_rows > MAX_ROWS:
         raise WireError(f"a STEP message asks for K = {k} in {num_rows} rows")
@@ -217,6 +225,7 @@ def decode_step(payload: Buffer) -> Step:
         features=read_tensor(payload, dtype, (num_features, width), _STEP.size),
         page_hashes=np.frombuffer(payload, dtype="<u8", count=num_hashes, offset=hashes_at),
         finished=np.frombuffer(payload, dtype="<u8", count=num_finished, offset=hashes_at + num_hashes * 8),
+        min_chance=chance / _CHANCES,
     )
 
 
