@@ -26,6 +26,9 @@ TEXT = (
     "A tide table lists the times of high and low water for a place. It is reckoned from the moon and the sun, and "
     "from what was measured at that place for many years. Sailors, fishers and builders of harbours rely on it. "
 ) * 12
+LONG = 2000
+LONG_TEXT = TEXT * 4
+LONG_ENGINE = {"max_model_len": 2304, "max_num_batched_tokens": 512, "disable_log_stats": False}
 ENGINE = {"block_size": 32, "enable_prefix_caching": True}
 
 
@@ -47,9 +50,13 @@ def new_server(target: Path, draft_dir: Path) -> Callable[[], DraftServer]:
 
 @pytest.fixture(scope="module")
 def prompts(target: Path) -> list[list[int]]:
-    """They share their first `SHARED` ids, end differently, and are told apart by their lengths."""
-    ids = AutoTokenizer.from_pretrained(target)(TEXT)["input_ids"]
-    return [ids[:SHARED] + ids[SHARED + 3 * i : SHARED + 4 * i + 2] for i in range(NUM_PROMPTS)]
+    return sharing(target, TEXT, SHARED)
+
+
+def sharing(target: Path, text: str, shared: int) -> list[list[int]]:
+    """Prompts that share their first ids, end differently, and are told apart by their lengths."""
+    ids = AutoTokenizer.from_pretrained(target)(text)["input_ids"]
+    return [ids[:shared] + ids[shared + 3 * i : shared + 4 * i + 2] for i in range(NUM_PROMPTS)]
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +91,15 @@ def test_a_cached_prefix_gets_the_blocks_of_a_fresh_one(target: Path, new_server
 
 
 @pytest.mark.slow
-def test_proposals_do_not_depend_on_prefix_caching(
-    target: Path, new_server, prompts, plain_texts, tmp_path: Path
-) -> None:
+@pytest.mark.timeout(1500)
+def test_proposals_do_not_depend_on_prefix_caching(target: Path, new_server, tmp_path: Path) -> None:
+    """Sixteen requests that share a prompt of 2,000 tokens."""
+    prompts = sharing(target, LONG_TEXT, LONG)
+    with engine(target, **LONG_ENGINE) as llm:
+        plain_texts = greedy(llm, prompts, NUM_TOKENS)
     blocks, acceptance, rows = {}, {}, {}
     for caching in (False, True):
-        options = {**ENGINE, "enable_prefix_caching": caching, "disable_log_stats": False}
+        options = {**ENGINE, **LONG_ENGINE, "enable_prefix_caching": caching}
         with remote_engine(target, tmp_path, **options) as remote:
             server = new_server()
             remote.use(server)
@@ -105,7 +115,7 @@ def test_proposals_do_not_depend_on_prefix_caching(
                 assert greedy(remote.llm, prompts, NUM_TOKENS) == plain_texts
             acceptance[caching], rows[caching] = 1 + accepted_per_draft(remote.llm), sum(num_rows)
             assert remote.link.status["failures"] == 0
-    assert rows[True] < rows[False] - (NUM_PROMPTS - 1) * (SHARED - 2 * 32)
+    assert rows[True] < rows[False] - (NUM_PROMPTS - 1) * (LONG - 2 * 32)
     assert blocks[True] == blocks[False]
     assert acceptance[True] == pytest.approx(acceptance[False], rel=0.02)
 
