@@ -163,10 +163,11 @@ def load_confidence(path: str | Path) -> ConfidenceHead | None:
         return None
     try:
         tensors = load_file(file)
-    except SafetensorError as error:
+        head = ConfidenceHead(len(tensors["weight"]), len(tensors["bias"]))
+        head.load_state_dict(tensors)
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        # Cut short, or other tensors than a head's.
         raise CheckpointError(f"'{file}' is damaged: {error}") from None
-    head = ConfidenceHead(len(tensors["weight"]), len(tensors["bias"]))
-    head.load_state_dict(tensors)
     return head.eval().requires_grad_(False)
 
 

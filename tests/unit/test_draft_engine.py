@@ -113,6 +113,16 @@ def test_a_block_ends_where_its_rows_are_not_worth_verifying(
         assert step.min_chance or all(len(proposed) == k for proposed in ids(reply))
 
 
+@pytest.mark.parametrize("sizes", [(HIDDEN + 1, K), (HIDDEN, K - 1)])
+def test_the_head_of_another_draft_is_refused(draft, vocabulary, engine, sizes: tuple[int, int]) -> None:
+    version = engine.version
+    with pytest.raises(PairingError, match="publish them together"):
+        engine.swap(tiny_draft(seed=4), confidence=ConfidenceHead(*sizes))
+    assert engine.version == version
+    with pytest.raises(PairingError, match="publish them together"):
+        DraftEngine(draft, vocabulary, vocabulary, confidence=ConfidenceHead(*sizes))
+
+
 def test_chunks_and_truncation_equal_one_append(draft, vocabulary, engine) -> None:
     raw = raw_features(23, seed=3)
     assert run(engine, make_step(engine, [row(1, 0, 9, -1)], [raw[:9]])) == [[]]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.draft_tools import record, tiny_pair
 from unmask.checkpoints import CONFIDENCE, check_pairing, load_confidence, load_draft, read_config, save_draft
@@ -137,3 +137,7 @@ def test_a_confidence_head_lies_where_loaders_of_drafts_do_not_look(tmp_path: Pa
     assert loaded is not None
     assert torch.equal(loaded.weight, head.weight)
     assert load_confidence(tmp_path / "plain") is None
+    for tensors in ({"weight": torch.ones(3)}, {"weight": torch.ones(3), "bias": torch.ones(2), "more": torch.ones(1)}):
+        save_file(tensors, tmp_path / "both" / CONFIDENCE)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            load_confidence(tmp_path / "both")

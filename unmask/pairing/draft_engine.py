@@ -268,6 +268,14 @@ class DraftEngine:
         )
 
     def _new_blocks(self, draft: DFlashDraft, cache: ContextCache, confidence: ConfidenceHead | None) -> BlockDrafter:
+        config = draft.config
+        sizes = (config.hidden_size, config.block_size - 1)
+        if confidence is not None and (len(confidence.weight), len(confidence.bias)) != sizes:
+            raise PairingError(
+                f"the confidence head is for {len(confidence.weight)} states and {len(confidence.bias)} rows, the "
+                f"draft has {sizes[0]} and {sizes[1]}; publish them together",
+                field="confidence",
+            )
         if not draft.fc.weight.is_cuda:
             return BlockDrafter(draft.eval(), self._embedding, self._lm_head, cache, confidence)
         blocks = GraphedBlocks(draft.eval(), self._embedding, self._lm_head, cache)
