@@ -50,7 +50,7 @@ def recording(own_step: Callable[[list], list], asked: list[tuple[int, int]]) ->
 def test_blocks_end_where_the_head_doubts_them(target: Path, tmp_path: Path, prompts, plain_texts) -> None:
     """Rows that cost the target time and are hardly ever accepted are not proposed; the text is the same."""
     draft = load_draft(make_draft(target, tmp_path / "draft"))
-    head = ConfidenceHead(draft.config.hidden_size, K).requires_grad_(False)
+    head = ConfidenceHead(draft.config.hidden_size, draft.config.block_size - 1).requires_grad_(False)
     head.bias[:2], head.bias[2:] = 5, -9
     asked: list[tuple[int, int]] = []
     with remote_engine(target, tmp_path) as remote:
