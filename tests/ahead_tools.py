@@ -41,9 +41,9 @@ class CountingEngine(DraftEngine):
 
     ahead_steps = 0
 
-    def _new_blocks(self, draft, cache):
+    def _new_blocks(self, draft, cache, confidence):
         if draft.fc.weight.is_cuda:
-            return super()._new_blocks(draft, cache)
+            return super()._new_blocks(draft, cache, confidence)
         return GraphedBlocks(draft, self._embedding, self._lm_head, cache)
 
     def book(self, step: AheadStep, seen: SeenStep) -> Booking:
