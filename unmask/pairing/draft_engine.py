@@ -302,8 +302,8 @@ class DraftEngine:
         wanted &= last < self._draft.config.max_position_embeddings
         asked = np.where(wanted, k_of_row, 0)
         tokens = np.zeros((len(rows), int(k_of_row.max())), dtype=np.int32)
-        # Block rows see one another, so that K is part of the question: requests of unequal K never share a forward.
         counts = asked.copy()
+        # Block rows see one another, so that K is part of the question: requests of unequal K never share a forward.
         for k in np.unique(asked[wanted]).tolist():
             picked = np.flatnonzero(asked == k)
             table = self._cache.tables.table([keys[i] for i in picked])

@@ -81,7 +81,7 @@ class Step:
         features: projected feature rows [sum of `num_features`, H], in the order of `rows`.
         finished: uint64 numbers of requests that the draft may forget.
         page_hashes: uint64 hashes of context pages [sum of `num_hashes`], in the order of `rows`.
-        min_chance: chance of acceptance in [0, 1) below which a token is not worth proposing, to a draft with a
+        min_chance: chance of acceptance in [0, 1] below which a token is not worth proposing, to a draft with a
             confidence head; kept in 65535ths.
     """
 
