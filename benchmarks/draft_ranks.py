@@ -2,8 +2,9 @@
 
     python -m benchmarks.draft_ranks --out benchmarks/results/draft_ranks.json
 
-Losses: float32, steps of two packed rows, by one rank that fills both and by two that fill one each. Speed: bfloat16,
-compiled, one row a rank. Features are given, so that only the step is compared. `--tiny` proves it on a CPU with gloo.
+One GPU takes steps of as many packed rows as two take together: losses in float32, speed in bfloat16, compiled, at a
+small and a large batch, of which only the large one has the gradients' exchange hidden. Features are given, so that
+only the step is compared. `--tiny` proves it on a CPU with gloo.
 """
 
 from __future__ import annotations
@@ -29,47 +30,51 @@ TOLERANCE = 1e-5
 """Of a loss, relative: sums are added in another order."""
 
 
-def configurations(tiny: bool) -> dict[str, tuple[str, DistillConfig]]:
-    """Shape and training section of each comparison."""
+def cases(tiny: bool) -> dict[str, tuple[str, DistillConfig]]:
+    """Shape and training section of each comparison; `rows_per_step` counts the rows of all ranks."""
     if tiny:
         small = DistillConfig(
             max_steps=100, loss="ce", tokens_per_step=256, anchors_per_step=128, head_negatives=None,
             precision="float32", rows_per_step=2,
         )  # fmt: skip
-        return {"losses": ("tiny", small), "speed": ("tiny", small)}
+        return {"losses": ("tiny", small), "tiny, 2 rows": ("tiny", small)}
     plain = DistillConfig(
         max_steps=100, loss="ce", tokens_per_step=4096, anchors_per_step=512, head_negatives=None, precision="float32",
         rows_per_step=2,
     )  # fmt: skip
     fast = replace(plain, tokens_per_step=16384, anchors_per_step=2048, precision="bfloat16", compile=True)
     large = replace(fast, tokens_per_step=8192, anchors_per_step=512)
-    return {"losses": ("smollm2-135m", plain), "speed": ("smollm2-135m", fast), "speed, large": ("qwen3-8b", large)}
+    speed = {"smollm2-135m": (fast, (2, 16)), "qwen3-8b": (large, (2, 8))}
+    return {"losses": ("smollm2-135m", plain)} | {
+        f"{shape}, {rows} rows": (shape, replace(config, rows_per_step=rows))
+        for shape, (config, counts) in speed.items()
+        for rows in counts
+    }
 
 
-def work(rank: int, world_size: int, port: int, tiny: bool, steps: int, folder: str) -> None:
-    """One rank; the first writes what was found."""
+def work(rank: int, together: bool, port: int, tiny: bool, steps: int, folder: str) -> None:
+    """One of two ranks, which train together, or take every other case each by itself."""
     device = "cpu" if tiny else "cuda"
     if not tiny:
         torch.cuda.set_device(rank)
     torch.set_float32_matmul_precision("highest")
     # Batches are made by many small operations, which cost more the more threads they are handed to.
     torch.set_num_threads(min(4, torch.get_num_threads()))
-    if world_size > 1:
+    named = list(cases(tiny).items())
+    if together:
         address = f"tcp://127.0.0.1:{port}"
-        dist.init_process_group("gloo" if tiny else "nccl", address, rank=rank, world_size=world_size)
-    found: dict[str, Any] = {}
-    for name, (shape, config) in configurations(tiny).items():
-        of_losses = name == "losses"
-        config = config if of_losses else replace(config, rows_per_step=world_size)
-        trainer, _ = build(shape, device, config, rank=rank, world_size=world_size)
-        if of_losses:
-            found[name] = [float(trainer.step(0.5)["loss"]) for _ in range(LOSS_STEPS)]
+        dist.init_process_group("gloo" if tiny else "nccl", address, rank=rank, world_size=2)
+    for name, (shape, config) in named if together else named[rank::2]:
+        trainer, _ = build(shape, device, config, rank=rank if together else 0, world_size=2 if together else 1)
+        if name == "losses":
+            found: Any = [float(trainer.step(0.5)["loss"]) for _ in range(LOSS_STEPS)]
         else:
-            found[name] = world_size / time_steps(trainer, 4, steps)
+            found = config.rows_per_step / time_steps(trainer, 4, steps)
         del trainer
-    if rank == 0:
-        Path(folder, f"{world_size}.json").write_text(json.dumps(found))
-    if world_size > 1:
+        if rank == 0 or not together:
+            print(f"{'two GPUs' if together else 'one GPU'}, {name}: {found}", flush=True)
+            Path(folder, f"{name} {1 + together}.json").write_text(json.dumps(found))
+    if together:
         dist.destroy_process_group()
 
 
@@ -83,9 +88,12 @@ def main() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        for world_size in (1, 2):
-            mp.spawn(work, (world_size, port, args.tiny, args.steps, folder), nprocs=world_size)
-        one, two = (json.loads(Path(folder, f"{world_size}.json").read_text()) for world_size in (1, 2))
+        for together in (False, True):
+            mp.spawn(work, (together, port, args.tiny, args.steps, folder), nprocs=2)
+        one, two = (
+            {name: json.loads(Path(folder, f"{name} {gpus}.json").read_text()) for name in cases(args.tiny)}
+            for gpus in (1, 2)
+        )
     differences = [abs(a / b - 1) for a, b in zip(one["losses"], two["losses"], strict=True)]
     figures = {
         "machine": f"{os.cpu_count()} cores" if args.tiny else f"2 x {torch.cuda.get_device_name()}",

@@ -87,7 +87,7 @@ def build(
     generator = torch.Generator().manual_seed(0)
     texts = [
         TokenSequence(tuple(torch.randint(2, widths["vocab_size"], (length,), generator=generator).tolist()), 16)
-        for _ in range(4 * tokens // length)
+        for _ in range(4 * config.rows_per_step * tokens // length)
     ]
     sequences = SequenceSet(
         texts, batch_size=config.rows_per_step, seed=0, rank=rank, world_size=world_size, tokens_per_step=tokens

@@ -1,0 +1,195 @@
+"""A draft that is stopped, goes on, is killed and started anew, while its target serves: how soon the speed is back.
+
+    python -m benchmarks.pairing_faults --out benchmarks/results/pairing_faults.json              (two GPUs)
+    python -m benchmarks.pairing_faults --gpus 1 --out /tmp/faults.json                           (one GPU for both)
+    python -m benchmarks.pairing_faults --tiny --out /tmp/faults.json                             (any machine)
+
+A constant number of requests runs at the production limits: a new one begins as one ends. `pause_ms` is the longest
+step; `back_s` says how long after the draft's return the first second begins in which the target emits at least 95 % of
+the tokens that it emitted before. Random weights; on GPUs acceptance is synthetic, as in `benchmarks.pairing`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pairing import await_draft, draft_process, engine_environment, machine_of
+from benchmarks.pairing_engines import engine_options
+from benchmarks.pairing_shapes import SHAPES, write_shape, write_weights
+from engines.draft_arguments import WATCHDOG_VARIABLE
+from unmask.config.serve import ServeConfig
+from unmask.pairing.link_file import read_link_file, write_link_file
+
+STOPPED_S = 3.0
+WITHIN = 0.95
+Steps = list[tuple[float, int]]
+"""When each step ended, by the wall clock, and the tokens that it emitted."""
+
+
+def main() -> None:
+    """Disturb the draft and write what the target's steps show."""
+    arguments = _parse()
+    if arguments.role == "engine":
+        run_engine(arguments)
+        return
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    # Pages of files outside shared memory cannot be pinned everywhere.
+    with tempfile.TemporaryDirectory(dir=None if arguments.tiny else "/dev/shm") as folder:  # noqa: S108
+        arguments.folder = Path(folder)
+        write_shape(SHAPES[arguments.shape], arguments.folder)
+        if arguments.tiny:
+            write_weights(SHAPES[arguments.shape], arguments.folder)
+        rows = disturbed(arguments)
+    for row in rows:
+        print(json.dumps(row))
+    arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def disturbed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for the draft that was stopped, one for the draft that was killed."""
+    folder, rest_s = arguments.folder, arguments.seconds
+    with draft_process(arguments, "--shape", arguments.shape) as draft:
+        set_limits(arguments)
+        command = [sys.executable, "-m", "benchmarks.pairing_faults", *sys.argv[1:], f"--folder={folder}"]
+        environment = os.environ | engine_environment(arguments, 0)
+        environment[WATCHDOG_VARIABLE] = str(1.25 * limit_ms(arguments))
+        engine = subprocess.Popen([*command, "--role=engine"], stdout=subprocess.PIPE, text=True, env=environment)
+        wait_for(lambda: (folder / "running").exists(), engine)
+        time.sleep(rest_s)
+        stopped = time.time()
+        draft.send_signal(signal.SIGSTOP)
+        time.sleep(STOPPED_S)
+        draft.send_signal(signal.SIGCONT)
+        continued = time.time()
+        time.sleep(rest_s)
+        killed = time.time()
+        draft.kill()
+        draft.wait()
+        (folder / "address").unlink()
+        with draft_process(arguments, "--shape", arguments.shape):
+            set_limits(arguments)
+            restarted = time.time()
+            time.sleep(rest_s)
+            (folder / "enough").touch()
+            output, _ = engine.communicate()
+    if engine.returncode:
+        raise RuntimeError("the engine has failed")
+    report = json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{")))
+    common = {"shape": arguments.shape, "concurrency": arguments.concurrency[0], "gpus": arguments.gpus}
+    common |= {"limit_ms": limit_ms(arguments), "requests": report["requests"], "failed": report["failed"]}
+    common |= {"machine": machine_of(arguments)}
+    spans = (("stopped", stopped, continued), ("killed", killed, restarted))
+    return [
+        {"draft": name, **common, **back(report["steps"], began, ended, ended + rest_s)} for name, began, ended in spans
+    ]
+
+
+def back(steps: Steps, began: float, ended: float, last: float) -> dict[str, Any]:
+    """What the steps show of a draft that was away from `began` to `ended`; nothing disturbs the second `last`."""
+
+    def rate(start: float, end: float) -> float:
+        return sum(tokens for at, tokens in steps if start <= at < end) / (end - start)
+
+    before, tenths = rate(began - 2, began), int(10 * (last - 1 - ended))
+    soonest = (i / 10 for i in range(tenths) if rate(ended + i / 10, ended + i / 10 + 1) >= WITHIN * before)
+    pauses = [b - a for (a, _), (b, _) in itertools.pairwise(steps) if began <= b <= last]
+    return {
+        "away_s": round(ended - began, 2),
+        "tokens_per_second_before": round(before, 1),
+        "tokens_per_second_without": round(rate(began + 1, ended), 1),
+        "tokens_per_second_after": round(rate(last - 2, last), 1),
+        "pause_ms": round(1000 * max(pauses), 1),
+        "back_s": next(soonest, None),
+    }
+
+
+def limit_ms(arguments: argparse.Namespace) -> float:
+    """How long a step waits for its draft in production."""
+    return ServeConfig(target_gpus=0 if arguments.tiny else 1).draft_limit_ms
+
+
+def set_limits(arguments: argparse.Namespace) -> None:
+    """Production limits in place of the patient ones of the other benchmarks."""
+    link, defaults = arguments.folder / "link", ServeConfig()
+    limits = {"timeout_ms": limit_ms(arguments), "retry_s": defaults.draft_retry_s}
+    write_link_file(link, replace(read_link_file(link), **limits))
+
+
+def wait_for(condition: Callable[[], bool], engine: subprocess.Popen) -> None:
+    """Return when it holds. Raises RuntimeError when the engine has ended."""
+    while not condition():
+        if engine.poll() is not None:
+            raise RuntimeError("the engine has ended")
+        time.sleep(0.05)
+
+
+def run_engine(arguments: argparse.Namespace) -> None:
+    """Keep requests running until `enough` is there; print the steps."""
+    from vllm import LLM, SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    llm = LLM(**engine_options(arguments, ("remote",) if arguments.tiny else ("production",)))
+    await_draft(llm, arguments)
+    generator, vocab_size = random.Random(0), SHAPES[arguments.shape].vocab_size
+    shortest, longest = (16, 64) if arguments.tiny else (256, 768)
+    left: dict[str, int] = {}
+    names, steps, failed = itertools.count(), [], 0
+
+    def begin(length: int) -> None:
+        name = str(next(names))
+        prompt = {"prompt_token_ids": [generator.randrange(1000, vocab_size - 1000) for _ in range(64)]}
+        params = SamplingParams(
+            temperature=0.0, max_tokens=length, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
+        )
+        llm.llm_engine.add_request(name, prompt, params)
+        left[name] = length
+
+    for _ in range(arguments.concurrency[0]):
+        # Of all ages at once, lest all end together.
+        begin(generator.randint(shortest // 4, longest))
+    while not (arguments.folder / "enough").exists():
+        emitted = 0
+        for output in llm.llm_engine.step():
+            emitted += len(output.outputs[0].token_ids)
+            left[output.request_id] -= len(output.outputs[0].token_ids)
+            if output.finished:
+                failed += left.pop(output.request_id) != 0
+                begin(generator.randint(shortest, longest))
+        steps.append((time.time(), emitted))
+        if len(steps) == 100:
+            (arguments.folder / "running").touch()
+    print(json.dumps({"steps": steps, "requests": next(names), "failed": failed}))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-8b")
+    parser.add_argument("--gpus", type=int, choices=(1, 2), default=2, help="1 puts target and draft on one")
+    parser.add_argument("--concurrency", type=int, default=32, help="requests that run at once")
+    parser.add_argument("--seconds", type=float, default=8.0, help="without a disturbance, before and after each")
+    parser.add_argument("--tiny", action="store_true", help="small networks on the CPU: shows that it runs")
+    parser.add_argument("--role", choices=("run", "engine"), default="run", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.tiny:
+        arguments.shape, arguments.concurrency, arguments.gpus = "tiny", 4, 1
+    arguments.concurrency, arguments.max_model_len = [arguments.concurrency], None
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
