@@ -62,6 +62,10 @@ ABLATIONS: list[tuple[str, dict[str, Any]]] = [
 PUBLISHED: dict[str, Any] = {"weighting": "decay", "loss": "ce"}
 """What the lines of the table change."""
 """The table, most telling lines first; equal tokens."""
+OPTIMIZERS: list[tuple[str, float, int]] = [
+    ("muon", 1.5e-3, 1), ("muon", 3e-3, 1), ("adamw", 1.5e-3, 4), ("muon", 1.5e-3, 4),
+]  # fmt: skip
+"""With their highest rate, for how many times the steps of `equal`."""
 SECOND = ("more of the same", "temperature 1", "temperature 1, rejected anchors first")
 """Second stages from the main draft, equal tokens: the first is what the others have to beat."""
 
@@ -156,6 +160,17 @@ def equal(bench: Benchmark) -> Outcome:
     return bench.measure(trainer.average, "ours", "main, steps of speculators", config, run), {"run": run}
 
 
+def optimizer(bench: Benchmark, line: int) -> Outcome:
+    """The main recipe by another optimiser or at another rate."""
+    name, rate, times = OPTIMIZERS[line]
+    config = replace(bench.scale.config, optimizer=name, learning_rate=rate)
+    trainer = bench.trainer(config, bench.features(), bench.new_draft(config.seed))
+    steps = times * bench.scale.comparison_steps
+    run = bench.run(trainer, steps=steps)
+    recipe = f"main by {name} at {rate:g}, {steps} steps"
+    return bench.measure(trainer.average, "ours", recipe, config, run), {"run": run}
+
+
 def ablation(bench: Benchmark, line: int, seed: int) -> Outcome:
     """A line of the table, on half of the texts, which its steps visit little more than once."""
     name, change = ABLATIONS[line]
@@ -208,7 +223,9 @@ def cases() -> dict[str, Callable[[Benchmark], Outcome]]:
             for seed in SEEDS
             for line in range(len(ABLATIONS))
         },
-        "more": more, "main": main_training, "real": real_loop, "published": partial(main_training, name="published"),
+        "more": more,
+        **{f"optimizer-{line}": lambda b, line=line: optimizer(b, line) for line in range(len(OPTIMIZERS))},
+        "main": main_training, "real": real_loop, "published": partial(main_training, name="published"),
         "speculators": speculators, "reference": reference, "equal": equal, "ngrams": ngrams,
     }  # fmt: skip
     table["fresh"] = fresh

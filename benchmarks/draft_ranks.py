@@ -44,7 +44,7 @@ def cases(tiny: bool) -> dict[str, tuple[str, DistillConfig]]:
     )  # fmt: skip
     fast = replace(plain, tokens_per_step=16384, anchors_per_step=2048, precision="bfloat16", compile=True)
     large = replace(fast, tokens_per_step=8192, anchors_per_step=512)
-    speed = {"smollm2-135m": (fast, (2, 16)), "qwen3-8b": (large, (2, 8))}
+    speed = {"smollm2-135m": (fast, (2, 16)), "qwen3-8b": (large, (8,))}
     return {"losses": ("smollm2-135m", plain)} | {
         f"{shape}, {rows} rows": (shape, replace(config, rows_per_step=rows))
         for shape, (config, counts) in speed.items()

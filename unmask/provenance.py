@@ -12,6 +12,7 @@ import yaml
 
 from unmask.errors import ConfigError
 from unmask.files import write_json, write_text
+from unmask.recipe import parse_recipe, to_tree
 
 RUN_YAML = "run.yaml"
 PROVENANCE = "provenance.json"
@@ -50,7 +51,7 @@ def check_same_run(directory: Path, tree: dict[str, Any], *, ignore: frozenset[s
     path = directory / RUN_YAML
     if not path.is_file():
         return
-    before, now = _flatten(yaml.safe_load(path.read_text())), _flatten(tree)
+    before, now = _flatten(_started_with(path)), _flatten(tree)
     for name in sorted(before.keys() | now.keys()):
         may_differ = any(f"{name}.".startswith(f"{field}.") for field in ignore)
         if before.get(name) != now.get(name) and not may_differ:
@@ -59,6 +60,16 @@ def check_same_run(directory: Path, tree: dict[str, Any], *, ignore: frozenset[s
                 "set it back, use another run_dir, or pass --fresh to start over",
                 field=name,
             )
+
+
+def _started_with(path: Path) -> dict[str, Any]:
+    """The recipe of the run so far. A field that its version did not have yet has the default, as it had in effect."""
+    tree = yaml.safe_load(path.read_text())
+    try:
+        complete = to_tree(parse_recipe(tree))
+    except ConfigError:  # a field or value that this version does not know: it will be named
+        return tree
+    return {name: value for name, value in complete.items() if name in tree}
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -37,6 +37,24 @@ def test_a_field_that_may_differ_may_with_all_that_it_holds(tmp_path: Path) -> N
         check_same_run(tmp_path, {"generate": {"labels": {}, "labels_of": 2}}, ignore=may_differ)
 
 
+def test_a_field_that_a_run_did_not_know_has_its_default(tmp_path: Path) -> None:
+    older = to_tree(Recipe())
+    del older["distill"]["optimizer"]
+    write_run(tmp_path, older)
+    check_same_run(tmp_path, to_tree(Recipe()))
+    changed = to_tree(parse_recipe({"distill": {"optimizer": "muon"}}))
+    with pytest.raises(ConfigError, match=r"^distill\.optimizer: is 'muon', but .* was started with 'adamw'"):
+        check_same_run(tmp_path, changed)
+
+
+def test_a_field_that_only_an_earlier_version_knew_is_named(tmp_path: Path) -> None:
+    older = to_tree(Recipe())
+    older["distill"]["gone"] = 3
+    write_run(tmp_path, older)
+    with pytest.raises(ConfigError, match=r"^distill\.gone: is None, but .* was started with 3"):
+        check_same_run(tmp_path, to_tree(Recipe()))
+
+
 def test_a_new_directory_has_nothing_to_refuse(tmp_path: Path) -> None:
     check_same_run(tmp_path / "new", to_tree(Recipe()))
 

@@ -242,8 +242,9 @@ def test_the_certainty_term_sharpens_what_is_right():
     assert of_forced["entropy"] < of_plain["entropy"]
 
 
-def test_a_resumed_run_is_bit_identical(tmp_path):
-    config = dataclasses.replace(CONFIG, head_negatives=10)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_is_bit_identical(tmp_path, optimizer):
+    config = dataclasses.replace(CONFIG, head_negatives=10, optimizer=optimizer)
     unbroken = trainer(config)
     losses = [unbroken.step(step / 40)["loss"] for step in range(6)]
     broken = trainer(config)

@@ -65,6 +65,9 @@ class DistillConfig:
     entropy_temperature: float = 0.5
     confidence_weight: float = 0.0
     """Weight of the confidence head's loss (it never reaches the draft); 0 trains none."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Muon makes the updates of matrices orthogonal, and leaves the rest to AdamW; on a CPU that costs more than the
+    rest of a step."""
     learning_rate: float = 1.5e-3
     schedule: Literal["constant_then_linear", "cosine"] = "constant_then_linear"
     warmup_fraction: float = 0.0

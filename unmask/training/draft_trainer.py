@@ -26,6 +26,7 @@ from unmask.training.chunked_head import chunked_rows
 from unmask.training.drafting_forward import DraftingForward, TrainingBlocks, training_blocks
 from unmask.training.feature_cache import FeatureCache
 from unmask.training.head import TrainingHead
+from unmask.training.muon import Muon
 from unmask.training.rates import certainty_weight, learning_rate
 from unmask.training.recorded_step import RecordedStep
 from unmask.training.sequences import Batch
@@ -73,16 +74,27 @@ class DraftTrainer:
         if self.objective.needs_target and not features.final:
             raise ValueError("this objective needs the target's final states beside its features: final=True")
         self.decay = decay_weights(draft.config.block_size, config.decay_gamma, self.device)
-        trained = [*draft.parameters(), *(confidence.parameters() if confidence is not None else ())]
         self._rate: float | Tensor = config.learning_rate
         self._recorded: RecordedStep | None = None
         if config.cuda_graph:
             self._recorded = self._new_recording()
-        self.optimizer = torch.optim.AdamW(
-            trained, lr=self._rate, weight_decay=config.weight_decay, fused=True, capturable=config.cuda_graph
-        )
+        self.optimizer = self._new_optimizer()
         self.average = copy.deepcopy(draft).requires_grad_(False)
         self.steps_done = 0
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        trained = [*self.draft.parameters(), *(self.confidence.parameters() if self.confidence is not None else ())]
+        options: dict[str, Any] = {
+            "lr": self._rate,
+            "weight_decay": self.config.weight_decay,
+            "fused": True,
+            "capturable": self.config.cuda_graph,
+        }
+        if self.config.optimizer == "adamw":
+            return torch.optim.AdamW(trained, **options)
+        matrices = [p for p in self.draft.parameters() if p.ndim == 2]
+        chosen = {id(p) for p in matrices}
+        return Muon(matrices, [p for p in trained if id(p) not in chosen], **options)
 
     def _new_recording(self) -> RecordedStep:
         """Steps as a graph, whose learning rate and beta are inputs like the blocks and their features."""

@@ -1,0 +1,86 @@
+"""Muon for the matrices of a network, AdamW for the rest, as one optimiser whose step can be recorded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic iteration: steep at zero, so that a few rounds bring all singular values near one."""
+_ROUNDS = 5
+_MOMENTUM = 0.95
+_DECAY = 0.1
+_RMS = 0.2
+"""Of an update by AdamW, which those of Muon are brought to: both can then have one learning rate."""
+
+
+class Muon(torch.optim.AdamW):
+    """Momentum whose matrices are made orthogonal (K. Jordan, 2024), scaled to AdamW's updates and with decoupled
+    weight decay of 0.1 (Liu et al., arXiv 2502.16982, eq. 4); AdamW takes the other parameters.
+
+    The same update as `torch.optim.Muon`, which takes one matrix after another and reads its rate on the host. This one
+    takes all matrices of a shape together, and its rate may be a tensor, so that a CUDA graph can hold the step.
+    Hooks on a step are called for each of the two.
+
+    Args:
+        matrices: parameters [A, B] of hidden layers.
+        others: norms, biases, embeddings, heads.
+        adamw: arguments of `torch.optim.AdamW`; `lr` is that of both.
+    """
+
+    def __init__(self, matrices: Iterable[Tensor], others: Iterable[Tensor], **adamw: Any) -> None:
+        groups = [{"params": list(matrices), "orthogonal": True}, {"params": list(others), "orthogonal": False}]
+        super().__init__([group for group in groups if group["params"]], **adamw)
+        if any(p.ndim != 2 for group in self.param_groups if group["orthogonal"] for p in group["params"]):
+            raise ValueError("only matrices can be made orthogonal")
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update all parameters; the gradients of matrices are gone then."""
+        for group in self.param_groups:
+            if group["orthogonal"]:
+                matrices = [p for p in group["params"] if p.grad is not None]
+                self._update(matrices, group["lr"])
+                for matrix in matrices:
+                    matrix.grad = None
+        super().step(closure)
+
+    def _update(self, matrices: Sequence[Tensor], rate: float | Tensor) -> None:
+        if not matrices:
+            return
+        gradients = [p.grad for p in matrices]
+        for p in matrices:
+            if not self.state[p]:
+                # AdamW looks for `step` in every state that is loaded.
+                self.state[p] |= {"step": torch.zeros((), device=p.device), "momentum": torch.zeros_like(p)}
+        momenta = [self.state[p]["momentum"] for p in matrices]
+        torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
+        directions = torch._foreach_lerp(gradients, momenta, _MOMENTUM)  # Nesterov's
+        torch._foreach_mul_(matrices, 1 - rate * _DECAY)
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for index, direction in enumerate(directions):
+            alike.setdefault(tuple(sorted(direction.shape)), []).append(index)
+        for (_, longer), indices in alike.items():
+            wide = torch.stack([directions[i] if _is_wide(directions[i]) else directions[i].T for i in indices])
+            updates = orthogonal(wide).to(wide.dtype) * (-_RMS * math.sqrt(longer) * rate)
+            for i, update in zip(indices, updates.unbind(), strict=True):
+                matrices[i].add_(update if _is_wide(directions[i]) else update.T)
+
+
+def orthogonal(wide_NAB: Tensor) -> Tensor:
+    """The nearest matrices whose singular values are all about one: N matrices [A, B], A <= B; bfloat16 on a GPU."""
+    a, b, c = _COEFFICIENTS
+    x = wide_NAB.bfloat16() if wide_NAB.is_cuda else wide_NAB
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(_ROUNDS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _is_wide(matrix: Tensor) -> bool:
+    return matrix.shape[0] <= matrix.shape[1]
