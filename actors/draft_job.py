@@ -71,6 +71,8 @@ class DraftJob(TrainingJob):
         confidence = ConfidenceHead(self.draft.hidden_size, rows) if config.confidence_weight else None
         if confidence is not None:
             confidence.to(place.device)
+        # The hooks of a wrapper are no part of a graph.
+        spread = place.alike if config.cuda_graph else place.parallel
         trainer = DraftTrainer(
             draft,
             FeatureCache(
@@ -82,10 +84,11 @@ class DraftJob(TrainingJob):
             ),
             TrainingHead(target.lm_head, occurring, config.head_negatives),
             config,
-            module=place.parallel(DraftingForward(draft, confidence, compiled=config.compile)),
+            module=spread(DraftingForward(draft, confidence, compiled=config.compile)),
             confidence=confidence,
             reduce=place.sum,
             world_size=place.world_size,
+            averages_gradients=config.cuda_graph and place.world_size > 1,
         )
         trainer.features.warm_up()
         return trainer

@@ -53,6 +53,13 @@ class Place:
         """The module, wrapped for data parallelism where there are several ranks."""
         return ray.train.torch.prepare_model(module, move_to_device=False) if self.world_size > 1 else module
 
+    def alike(self, module: nn.Module) -> nn.Module:
+        """The module with the first rank's weights, for a trainer that averages gradients itself."""
+        if self.world_size > 1:
+            for parameter in module.parameters():
+                dist.broadcast(parameter.detach(), src=0)
+        return module
+
     def sum(self, totals: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place."""
         if self.world_size > 1:

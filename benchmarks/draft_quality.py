@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -62,10 +62,13 @@ ABLATIONS: list[tuple[str, dict[str, Any]]] = [
 PUBLISHED: dict[str, Any] = {"weighting": "decay", "loss": "ce"}
 """What the lines of the table change."""
 """The table, most telling lines first; equal tokens."""
-OPTIMIZERS: list[tuple[str, float, int]] = [
-    ("muon", 1.5e-3, 1), ("muon", 3e-3, 1), ("adamw", 1.5e-3, 4), ("muon", 1.5e-3, 4),
+OPTIMIZERS: list[tuple[Literal["adamw", "muon"], float, str, int]] = [
+    ("muon", 1.5e-3, "target", 1), ("muon", 3e-3, "target", 1), ("muon", 6e-3, "target", 1),
+    ("muon", 1.5e-3, "random", 1), ("muon", 3e-3, "random", 1), ("adamw", 3e-3, "target", 1),
+    ("adamw", 1.5e-3, "target", 4), ("muon", 1.5e-3, "target", 4), ("muon", 3e-3, "target", 4),
+    ("muon", 6e-3, "target", 4), ("muon", 3e-3, "random", 4), ("adamw", 3e-3, "target", 4),
 ]  # fmt: skip
-"""With their highest rate, for how many times the steps of `equal`."""
+"""With their highest rate, the weights to start from, and for how many times the steps of `equal`."""
 SECOND = ("more of the same", "temperature 1", "temperature 1, rejected anchors first")
 """Second stages from the main draft, equal tokens: the first is what the others have to beat."""
 
@@ -161,13 +164,13 @@ def equal(bench: Benchmark) -> Outcome:
 
 
 def optimizer(bench: Benchmark, line: int) -> Outcome:
-    """The main recipe by another optimiser or at another rate."""
-    name, rate, times = OPTIMIZERS[line]
+    """The main recipe by another optimiser, at another rate or from another start."""
+    name, rate, start, times = OPTIMIZERS[line]
     config = replace(bench.scale.config, optimizer=name, learning_rate=rate)
-    trainer = bench.trainer(config, bench.features(), bench.new_draft(config.seed))
+    trainer = bench.trainer(config, bench.features(), bench.new_draft(config.seed, start))
     steps = times * bench.scale.comparison_steps
     run = bench.run(trainer, steps=steps)
-    recipe = f"main by {name} at {rate:g}, {steps} steps"
+    recipe = f"main by {name} at {rate:g}, {steps} steps" + (f", {start} start" if start == "random" else "")
     return bench.measure(trainer.average, "ours", recipe, config, run), {"run": run}
 
 
@@ -224,7 +227,10 @@ def cases() -> dict[str, Callable[[Benchmark], Outcome]]:
             for line in range(len(ABLATIONS))
         },
         "more": more,
-        **{f"optimizer-{line}": lambda b, line=line: optimizer(b, line) for line in range(len(OPTIMIZERS))},
+        **{
+            f"optimizer-{name}-{rate:g}-{start}-x{times}": partial(optimizer, line=line)
+            for line, (name, rate, start, times) in enumerate(OPTIMIZERS)
+        },
         "main": main_training, "real": real_loop, "published": partial(main_training, name="published"),
         "speculators": speculators, "reference": reference, "equal": equal, "ngrams": ngrams,
     }  # fmt: skip

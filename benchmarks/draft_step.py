@@ -99,7 +99,7 @@ def build(
     given: Any = GivenFeatures(target, sequences, features)
     draft = DFlashDraft(sizes).to(device)
     module: nn.Module = DraftingForward(draft, compiled=config.compile)
-    if world_size > 1:
+    if world_size > 1 and not config.cuda_graph:
         module = DistributedDataParallel(module, device_ids=[rank] if device == "cuda" else None)
 
     def total(values: Tensor) -> Tensor:
@@ -108,7 +108,11 @@ def build(
         return values
 
     head = TrainingHead(embedding, [], None)
-    return DraftTrainer(draft, given, head, config, module=module, reduce=total, world_size=world_size), sizes
+    trainer = DraftTrainer(
+        draft, given, head, config, module=module, reduce=total, world_size=world_size,
+        averages_gradients=config.cuda_graph and world_size > 1,
+    )  # fmt: skip
+    return trainer, sizes
 
 
 def attended_pairs(trainer: DraftTrainer, sizes: DFlashConfig) -> int:

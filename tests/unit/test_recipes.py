@@ -33,7 +33,7 @@ def test_recipe_is_valid_and_comes_back_from_its_own_tree(path):
         (["generate.max_new_tokens=256"], "generate.max_new_tokens: must leave room"),
         (["generate.top_k=many"], "generate.top_k"),
         (["distill.max_seconds=null"], "the run has no end"),
-        (["distill.cuda_graph=true"], "distill.cuda_graph: needs use_gpu, one worker, tokens_per_step"),
+        (["distill.cuda_graph=true"], "distill.cuda_graph: needs use_gpu, tokens_per_step"),
         (["distill"], "must look like section.field=value"),
         (["run_dir.x=1"], "is a value, not a section"),
     ],

@@ -272,8 +272,9 @@ def test_only_sound_checkpoints_are_resumed(tmp_path):
     assert resume_state(tmp_path, trainer()) is None
 
 
-def ranks(world, config, folder, steps):
-    """Ranks of a data-parallel run as threads: gradients are averaged and totals summed as collectives would do it.
+def ranks(world, config, folder, steps, averages_gradients):
+    """Ranks of a data-parallel run as threads: totals are summed as collectives would do it, and gradients averaged
+    as a wrapper would, or by the trainers.
 
     They go on from the newest checkpoint in `folder` and leave one. Losses of draft and confidence head, step by step.
     """
@@ -287,14 +288,18 @@ def ranks(world, config, folder, steps):
         return tensors
 
     def rank_trainer(rank):
-        learner = trainer(config, rank=rank, world_size=world, reduce=lambda x: torch.stack(gather(rank, x)).sum(0))
+        learner = trainer(
+            config, rank=rank, world_size=world, reduce=lambda x: torch.stack(gather(rank, x)).sum(0),
+            averages_gradients=averages_gradients,
+        )  # fmt: skip
         parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
 
         def average(*_):
             for parameter in parameters:
                 parameter.grad = torch.stack(gather(rank, parameter.grad)).mean(0)
 
-        learner.optimizer.register_step_pre_hook(average)
+        if not averages_gradients:
+            learner.optimizer.register_step_pre_hook(average)
         resume_state(folder, learner)
         return learner
 
@@ -311,16 +316,18 @@ def ranks(world, config, folder, steps):
     return [value for step in steps for value in reported[step]]
 
 
+@pytest.mark.parametrize("averages_gradients", [False, True], ids=["wrapped", "by themselves"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_workers_that_come_and_go_take_the_steps_of_one(packed, tmp_path):
+def test_workers_that_come_and_go_take_the_steps_of_one(packed, averages_gradients, tmp_path):
     """2, then 1, then 2 workers against 1 throughout, with what is drawn at random and what is weighed over rows."""
     config = dataclasses.replace(
         CONFIG, sequences_per_step=4, head_negatives=10, beta=0.5, confidence_weight=0.5, grad_clip=1e9,
         tokens_per_step=128 if packed else None, anchors_per_step=128,
     )  # fmt: skip
-    whole = ranks(1, config, tmp_path / "whole", range(6))
+    whole = ranks(1, config, tmp_path / "whole", range(6), averages_gradients)
     parts = [
-        ranks(world, config, tmp_path / "parts", range(start, start + 2)) for world, start in ((2, 0), (1, 2), (2, 4))
+        ranks(world, config, tmp_path / "parts", range(start, start + 2), averages_gradients)
+        for world, start in ((2, 0), (1, 2), (2, 4))
     ]
     assert list(itertools.chain(*parts)) == pytest.approx(whole, rel=1e-6, abs=0)
 

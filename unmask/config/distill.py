@@ -91,8 +91,8 @@ class DistillConfig:
     compile: bool = False
     """Compile the draft's layers and the loss with torch.compile (GPUs)."""
     cuda_graph: bool = False
-    """Record a step as one CUDA graph, for one worker on a GPU and packed sequences: the host has next to nothing to do
-    between two steps."""
+    """Record a step as one CUDA graph, for GPUs and packed sequences: the host has next to nothing to do between two
+    steps. Several workers then exchange gradients after the backward pass, not behind it."""
     feature_cache_gb: float = 4.0
     """Target features are kept in memory up to this size and recomputed beyond it."""
     feature_cache_device: Literal["cpu", "training"] = "cpu"
@@ -125,13 +125,9 @@ class DistillConfig:
             "must be a positive multiple of 128",
         )
         require(
-            not self.cuda_graph
-            or (
-                (self.use_gpu and self.num_workers == 1 and self.tokens_per_step is not None)
-                and self.head_negatives is None
-            ),
+            not self.cuda_graph or (self.use_gpu and self.tokens_per_step is not None and self.head_negatives is None),
             "distill.cuda_graph",
-            "needs use_gpu, one worker, tokens_per_step, and the whole head (head_negatives: null)",
+            "needs use_gpu, tokens_per_step, and the whole head (head_negatives: null)",
         )
         for name in ("certainty_start", "certainty_ramp"):
             require(0 <= getattr(self, name) <= 1, f"distill.{name}", "must be in [0, 1]")

@@ -47,6 +47,8 @@ class DraftTrainer:
         module: what is called in the forward pass (a `DraftingForward`, or DDP around it).
         confidence: the confidence head of `module`, if there is one.
         reduce: sums over ranks.
+        averages_gradients: of several ranks whose `module` does not: after the backward pass and not behind it, but a
+            CUDA graph can hold it.
 
     Raises:
         ValueError: the objective needs the target's distribution, and the features are without its final states.
@@ -63,17 +65,19 @@ class DraftTrainer:
         confidence: ConfidenceHead | None = None,
         reduce: Reduce = lambda x: x,
         world_size: int = 1,
+        averages_gradients: bool = False,
     ) -> None:
         self.draft, self.features, self.head, self.config = draft, features, head, config
         self.module = module or DraftingForward(draft, confidence, compiled=config.compile)
         self.confidence = confidence
-        self.reduce, self.world_size = reduce, world_size
+        self.reduce, self.world_size, self._averages_gradients = reduce, world_size, averages_gradients
         self.sequences = features.sequences
         self.device = features.target.device
         self.objective = row_objective(config)
         if self.objective.needs_target and not features.final:
             raise ValueError("this objective needs the target's final states beside its features: final=True")
         self.decay = decay_weights(draft.config.block_size, config.decay_gamma, self.device)
+        self._trained = [*draft.parameters(), *(confidence.parameters() if confidence is not None else ())]
         self._rate: float | Tensor = config.learning_rate
         self._recorded: RecordedStep | None = None
         if config.cuda_graph:
@@ -83,7 +87,6 @@ class DraftTrainer:
         self.steps_done = 0
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        trained = [*self.draft.parameters(), *(self.confidence.parameters() if self.confidence is not None else ())]
         options: dict[str, Any] = {
             "lr": self._rate,
             "weight_decay": self.config.weight_decay,
@@ -91,15 +94,15 @@ class DraftTrainer:
             "capturable": self.config.cuda_graph,
         }
         if self.config.optimizer == "adamw":
-            return torch.optim.AdamW(trained, **options)
+            return torch.optim.AdamW(self._trained, **options)
         matrices = [p for p in self.draft.parameters() if p.ndim == 2]
         chosen = {id(p) for p in matrices}
-        return Muon(matrices, [p for p in trained if id(p) not in chosen], **options)
+        return Muon(matrices, [p for p in self._trained if id(p) not in chosen], **options)
 
     def _new_recording(self) -> RecordedStep:
         """Steps as a graph, whose learning rate and beta are inputs like the blocks and their features."""
-        if self.device.type != "cuda" or self.world_size > 1:
-            raise UserError("needs one worker on a GPU", field="distill.cuda_graph")
+        if self.device.type != "cuda":
+            raise UserError("needs a GPU", field="distill.cuda_graph")
         rope = self.draft.config.rope_parameters.get("rope_type")
         if rope in ("dynamic", "longrope"):
             # Their frequencies depend on the longest position, which the host would have to ask for.
@@ -176,7 +179,7 @@ class DraftTrainer:
         weights = position_weights(config.weighting, rows, valid, self.decay)
         sums = drafting_loss(rows, valid, weights, certainty_gates(config.gate, rows, valid))
         totals = self.reduce(sums.totals())
-        # Data-parallel wrappers average gradients; the denominators are already global.
+        # Gradients are averaged over ranks; the denominators are already global.
         loss = sums.loss(totals, beta) * self.world_size
         scalars = report(totals, beta)
         if confidence_BMK is not None:
@@ -186,9 +189,17 @@ class DraftTrainer:
             loss = loss + config.confidence_weight * errors / all_reached.clamp(min=1) * self.world_size
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self._averages_gradients:
+            self._average_gradients()
         scalars["grad_norm"] = nn.utils.clip_grad_norm_(self.draft.parameters(), config.grad_clip)
         self.optimizer.step()
         return scalars
+
+    def _average_gradients(self) -> None:
+        gradients = [p.grad for p in self._trained if p.grad is not None]
+        mean = self.reduce(torch.cat([gradient.flatten() for gradient in gradients])) / self.world_size
+        parts = mean.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
     def _update_average(self) -> None:
         # Early on the average follows closely, so that it does not remember the initial weights.

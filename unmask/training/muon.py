@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -43,32 +43,28 @@ class Muon(torch.optim.AdamW):
         """Update all parameters; the gradients of matrices are gone then."""
         for group in self.param_groups:
             if group["orthogonal"]:
-                matrices = [p for p in group["params"] if p.grad is not None]
-                self._update(matrices, group["lr"])
-                for matrix in matrices:
-                    matrix.grad = None
+                self._update([p for p in group["params"] if p.grad is not None], group["lr"])
         super().step(closure)
 
     def _update(self, matrices: Sequence[Tensor], rate: float | Tensor) -> None:
-        if not matrices:
-            return
-        gradients = [p.grad for p in matrices]
-        for p in matrices:
-            if not self.state[p]:
-                # AdamW looks for `step` in every state that is loaded.
-                self.state[p] |= {"step": torch.zeros((), device=p.device), "momentum": torch.zeros_like(p)}
-        momenta = [self.state[p]["momentum"] for p in matrices]
-        torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
-        directions = torch._foreach_lerp(gradients, momenta, _MOMENTUM)  # Nesterov's
-        torch._foreach_mul_(matrices, 1 - rate * _DECAY)
-        alike: dict[tuple[int, ...], list[int]] = {}
-        for index, direction in enumerate(directions):
-            alike.setdefault(tuple(sorted(direction.shape)), []).append(index)
-        for (_, longer), indices in alike.items():
-            wide = torch.stack([directions[i] if _is_wide(directions[i]) else directions[i].T for i in indices])
+        alike: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        for matrix in matrices:
+            alike.setdefault(tuple(sorted(matrix.shape)), []).append((matrix, self._direction(matrix)))
+        for (_, longer), pairs in alike.items():
+            wide = torch.stack([_widened(direction) for _, direction in pairs])
             updates = orthogonal(wide).to(wide.dtype) * (-_RMS * math.sqrt(longer) * rate)
-            for i, update in zip(indices, updates.unbind(), strict=True):
-                matrices[i].add_(update if _is_wide(directions[i]) else update.T)
+            for (matrix, _), update in zip(pairs, updates.unbind(), strict=True):
+                _widened(matrix).mul_(1 - rate * _DECAY).add_(update)
+
+    def _direction(self, matrix: Tensor) -> Tensor:
+        """Nesterov's, of a gradient that is used up."""
+        gradient, matrix.grad = cast(Tensor, matrix.grad), None
+        state = self.state[matrix]
+        if not state:
+            # AdamW looks for `step` in every state that is loaded.
+            state |= {"step": torch.zeros((), device=matrix.device), "momentum": torch.zeros_like(matrix)}
+        momentum = state["momentum"].lerp_(gradient, 1 - _MOMENTUM)
+        return gradient.lerp(momentum, _MOMENTUM)
 
 
 def orthogonal(wide_NAB: Tensor) -> Tensor:
@@ -82,5 +78,6 @@ def orthogonal(wide_NAB: Tensor) -> Tensor:
     return x
 
 
-def _is_wide(matrix: Tensor) -> bool:
-    return matrix.shape[0] <= matrix.shape[1]
+def _widened(matrix: Tensor) -> Tensor:
+    """It, or its transpose, whichever has no more rows than columns."""
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
