@@ -13,7 +13,6 @@ import contextlib
 import json
 import random
 import tempfile
-import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from benchmarks.machine_probe import Probe, undisturbed
 from tests.fault.load import Load, Reply, ask, percentile
 from tests.fault.record import Finding, at_most, conclude, equal
 from tests.fault.scenario import Stage, is_ours, wait_until
@@ -39,9 +39,8 @@ REST_S = 5.0
 """Connections that clients left open are closed by then."""
 GRPC_POOL = "event_engine"
 """Threads of gRPC in every process of Ray: some more under the first load, then as many for good."""
-PROBE_EVERY_S = 2.0
-PROBE_ROUNDS = 40_000
-"""Some milliseconds of one core."""
+ENOUGH = 300
+"""Answers of a third whose p99 says something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,37 +146,6 @@ def soak(url: str, due: list[tuple[float, bool]]) -> list[Reply]:
     return replies
 
 
-class Probe:
-    """Measures the machine beside the service: a fixed piece of work every two seconds, time stolen by others, and what
-    all that serves takes of the cores."""
-
-    def __init__(self) -> None:
-        self._seconds: list[float] = []
-        self._stolen, self._served, self._ended = psutil.cpu_times(), served_s(), threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def end(self) -> dict[str, float]:
-        """Milliseconds that the piece of work took of a core, the share of all cores' time that others had, and seconds
-        of a core that serving took."""
-        self._ended.set()
-        self._thread.join()
-        before, after = self._stolen, psutil.cpu_times()
-        return {
-            "work_ms_p50": round(1000 * percentile(self._seconds, 0.5), 3),
-            "work_ms_p90": round(1000 * percentile(self._seconds, 0.9), 3),
-            "stolen": round((after.steal - before.steal) / (sum(after) - sum(before)), 4),
-            "served_s": round(served_s() - self._served, 2),
-        }
-
-    def _run(self) -> None:
-        while not self._ended.wait(PROBE_EVERY_S):
-            begun = time.thread_time()
-            for _ in range(PROBE_ROUNDS):
-                pass
-            self._seconds.append(time.thread_time() - begun)
-
-
 def _leave(http: httpx.Client, prompt: str) -> None:
     body = {"prompt": prompt, "stream": True, "ignore_eos": True, **LOAD.fields}
     with http.stream("POST", "/v1/completions", json=body) as response:
@@ -198,6 +166,8 @@ class Third:
     latency: dict[str, float]
     machine: dict[str, float]
     after: Census
+    calm: list[Reply]
+    """Replies that no other guest of the machine disturbed."""
 
 
 def processor_ms(third: Third) -> float:
@@ -222,6 +192,7 @@ def findings(stage: Stage, before: Census, thirds: list[Third]) -> list[Finding]
         equal("requests left running", stage.metric("unmask_requests_running"), 0.0),
         equal("requests left in the engine", stage.metric("vllm:num_requests_running"), 0.0),
         at_most("p99 of the last third over the first, drift", drift, 10, "%", reason=f"{reason}."),
+        *_calm_drift(first, last),
         at_most("time of a core for an answer, drift", 100 * (processor_ms(last) / processor_ms(first) - 1), 10, "%"),
         at_most("memory drift", memory, 2, "%"),
         _threads("threads gained, gRPC's pools aside", before, after, of_pool=False),
@@ -230,6 +201,17 @@ def findings(stage: Stage, before: Census, thirds: list[Third]) -> list[Finding]
         at_most("open files gained", after.files - before.files, 0, "files"),
         at_most("shared memory segments gained", after.segments - before.segments, 0, "segments"),
     ]
+
+
+def _calm_drift(first: Third, last: Third) -> list[Finding]:
+    """The same of the answers that nobody disturbed, where there are enough."""
+    counts = [len(third.calm) for third in (first, last)]
+    if min(counts) < ENOUGH:
+        return []
+    p99 = [latency(third.calm)["p99"] for third in (first, last)]
+    reason = f"{p99[0]} s of {counts[0]} answers, then {p99[1]} s of {counts[1]}."
+    what = "the same of answers while nobody else had the cores"
+    return [at_most(what, 100 * (p99[1] / p99[0] - 1), 10, "%", reason=reason)]
 
 
 def _threads(what: str, before: Census, after: Census, *, of_pool: bool) -> Finding:
@@ -243,14 +225,14 @@ def _threads(what: str, before: Census, after: Census, *, of_pool: bool) -> Find
 
 def measure_third(stage: Stage, due: list[tuple[float, bool]]) -> Third:
     """Run the arrivals beside the probe, and let the service come to rest."""
-    probe = Probe()
+    probe = Probe(served_s)
     try:
         replies = soak(stage.service.url, due)
     finally:
         machine = probe.end()
     wait_until(lambda: stage.metric("unmask_requests_running") == 0, 30)
     time.sleep(REST_S)
-    return Third(replies, latency(replies), machine, census())
+    return Third(replies, latency(replies), machine, census(), undisturbed(replies, probe.disturbances))
 
 
 def main() -> None:
@@ -281,6 +263,7 @@ def main() -> None:
         "held": [asdict(before), *(asdict(third.after) for third in thirds)],
         "latency": [third.latency for third in thirds],
         "machine": [third.machine for third in thirds],
+        "calm": [{"answers": len(third.calm)} | (latency(third.calm) if third.calm else {}) for third in thirds],
         "findings": [asdict(f) for f in found],
     }
     print(json.dumps(figures, indent=2))

@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -52,18 +54,29 @@ def leavings(begun: float, temporary: Path) -> list[Path]:
 
 
 def refusals(port: int, service: subprocess.Popen[str]) -> list[tuple[float, httpx.Response]]:
-    """Answers to new requests, from the signal until nothing listens any more."""
-    answers = []
-    while service.poll() is None:
+    """Answers to new requests, from the signal until nothing listens any more.
+
+    One that comes before the service has noticed the signal waits for the eight streams; the next ones do not wait for
+    it.
+    """
+    answers: list[tuple[float, httpx.Response]] = []
+    gone = threading.Event()
+
+    def ask() -> None:
         begun = time.monotonic()
         try:
             response = httpx.post(
                 f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "x", "max_tokens": 1}, timeout=30
             )
         except httpx.TransportError:
-            return answers
-        answers.append((time.monotonic() - begun, response))
-        time.sleep(0.1)
+            gone.set()
+        else:
+            answers.append((time.monotonic() - begun, response))
+
+    with ThreadPoolExecutor(8) as pool:
+        while service.poll() is None and not gone.is_set():
+            pool.submit(ask)
+            time.sleep(0.1)
     return answers
 
 
