@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,9 @@ class DiffusionJob(TrainingJob):
     """Of the source."""
 
     @property
+    @abstractmethod
     def config(self) -> AdaptConfig | StudentConfig:
         """See TrainingJob."""
-        raise NotImplementedError
 
     def _trainer(
         self, cls: type[DiffusionTrainer], network: DiffusionLM, texts: list[TokenSequence], place: Place

@@ -59,9 +59,9 @@ ABLATIONS: list[tuple[str, dict[str, Any]]] = [
     ("first_miss x ce, beta .5 prefix_right T .5 late",
      {"weighting": "first_miss", "beta": 0.5, "gate": "prefix_right", "certainty_start": 0.3}),
 ]  # fmt: skip
+"""The table, most telling lines first; equal tokens."""
 PUBLISHED: dict[str, Any] = {"weighting": "decay", "loss": "ce"}
 """What the lines of the table change."""
-"""The table, most telling lines first; equal tokens."""
 OPTIMIZERS: list[tuple[Literal["adamw", "muon"], float, str, int]] = [
     ("muon", 1.5e-3, "target", 1), ("muon", 3e-3, "target", 1), ("muon", 6e-3, "target", 1),
     ("muon", 1.5e-3, "random", 1), ("muon", 3e-3, "random", 1), ("adamw", 3e-3, "target", 1),

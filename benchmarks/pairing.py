@@ -21,7 +21,6 @@ import queue
 import random
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from typing import Any
 
 from benchmarks.demo import machine
 from benchmarks.pairing_engines import POLICY, engine_options
-from benchmarks.pairing_shapes import SHAPES, K, write_shape, write_weights
+from benchmarks.pairing_shapes import SHAPES, K, shape_folder
 from engines.draft_arguments import LINK_FILE_VARIABLE, MAILBOX_FOLDER_VARIABLE, WATCHDOG_VARIABLE
 from unmask.pairing.link_file import LinkConfig, read_link_file, write_link_file
 from unmask.pairing.status import read_status
@@ -52,12 +51,7 @@ def main() -> None:
         return
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    # Pages of files outside shared memory cannot be pinned everywhere.
-    with tempfile.TemporaryDirectory(dir=None if arguments.tiny else "/dev/shm") as folder:  # noqa: S108
-        arguments.folder = Path(folder)
-        write_shape(SHAPES[arguments.shape], arguments.folder)
-        if arguments.tiny:
-            write_weights(SHAPES[arguments.shape], arguments.folder)
+    with shape_folder(arguments.shape, arguments.tiny) as arguments.folder:
         switched = (("native",), ("remote",)) if arguments.tiny else (("native", "remote", "tcp"), ("production",))
         engines = [[mode for mode in modes if mode in arguments.modes] for modes in (("target",), *switched)]
         with draft_process(arguments, "--shape", arguments.shape):

@@ -18,7 +18,6 @@ import itertools
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import median, quantiles
@@ -26,7 +25,7 @@ from typing import Any
 
 from benchmarks.pairing import await_draft, draft_process, engine_environment, machine_of
 from benchmarks.pairing_engines import engine_options
-from benchmarks.pairing_shapes import SHAPES, write_shape, write_weights
+from benchmarks.pairing_shapes import SHAPES, shape_folder
 
 CASES = ("swap", "share", "long")
 
@@ -42,14 +41,12 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for case in arguments.cases:
-        # Pages of files outside shared memory cannot be pinned everywhere.
-        with tempfile.TemporaryDirectory(dir=None if arguments.tiny else "/dev/shm") as folder:  # noqa: S108
-            arguments.folder, arguments.shape = Path(folder), shape_of(case, arguments.tiny)
-            write_shape(SHAPES[arguments.shape], arguments.folder)
-            if arguments.tiny:
-                write_weights(SHAPES[arguments.shape], arguments.folder)
-            with draft_process(arguments, "--shape", arguments.shape) as draft:
-                found = {"swap": swap, "share": share, "long": long}[case](arguments, draft)
+        arguments.shape = shape_of(case, arguments.tiny)
+        with (
+            shape_folder(arguments.shape, arguments.tiny) as arguments.folder,
+            draft_process(arguments, "--shape", arguments.shape) as draft,
+        ):
+            found = {"swap": swap, "share": share, "long": long}[case](arguments, draft)
         rows.append({"case": case, "shape": arguments.shape, "machine": machine_of(arguments), **found})
         print(json.dumps(rows[-1]), flush=True)
         arguments.out.write_text(json.dumps(rows, indent=1) + "\n")

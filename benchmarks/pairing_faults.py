@@ -19,7 +19,6 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +27,7 @@ from typing import Any
 
 from benchmarks.pairing import await_draft, draft_process, engine_environment, machine_of
 from benchmarks.pairing_engines import engine_options
-from benchmarks.pairing_shapes import SHAPES, write_shape, write_weights
+from benchmarks.pairing_shapes import SHAPES, shape_folder
 from engines.draft_arguments import WATCHDOG_VARIABLE
 from unmask.config.serve import ServeConfig
 from unmask.pairing.link_file import read_link_file, write_link_file
@@ -46,12 +45,7 @@ def main() -> None:
         run_engine(arguments)
         return
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    # Pages of files outside shared memory cannot be pinned everywhere.
-    with tempfile.TemporaryDirectory(dir=None if arguments.tiny else "/dev/shm") as folder:  # noqa: S108
-        arguments.folder = Path(folder)
-        write_shape(SHAPES[arguments.shape], arguments.folder)
-        if arguments.tiny:
-            write_weights(SHAPES[arguments.shape], arguments.folder)
+    with shape_folder(arguments.shape, arguments.tiny) as arguments.folder:
         rows = disturbed(arguments)
     for row in rows:
         print(json.dumps(row))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +83,17 @@ SHAPES = {
 }  # fmt: skip
 SHAPES["qwen3-8b-20k"] = replace(SHAPES["qwen3-8b"], name="qwen3-8b-20k", max_positions=20480)
 SHAPES["tiny-1k"] = replace(SHAPES["tiny"], name="tiny-1k", max_positions=1024)
+
+
+@contextmanager
+def shape_folder(name: str, tiny: bool) -> Iterator[Path]:
+    """A folder with a shape's configurations, and with weights if it is tiny, for as long as it is needed."""
+    # Pages of files outside shared memory cannot be pinned everywhere.
+    with tempfile.TemporaryDirectory(dir=None if tiny else "/dev/shm") as folder:  # noqa: S108
+        write_shape(SHAPES[name], Path(folder))
+        if tiny:
+            write_weights(SHAPES[name], Path(folder))
+        yield Path(folder)
 
 
 def write_shape(shape: Shape, folder: Path) -> None:
