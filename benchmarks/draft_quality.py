@@ -62,13 +62,14 @@ ABLATIONS: list[tuple[str, dict[str, Any]]] = [
 """The table, most telling lines first; equal tokens."""
 PUBLISHED: dict[str, Any] = {"weighting": "decay", "loss": "ce"}
 """What the lines of the table change."""
-OPTIMIZERS: list[tuple[Literal["adamw", "muon"], float, str, int]] = [
-    ("muon", 1.5e-3, "target", 1), ("muon", 3e-3, "target", 1), ("muon", 6e-3, "target", 1),
-    ("muon", 1.5e-3, "random", 1), ("muon", 3e-3, "random", 1), ("adamw", 3e-3, "target", 1),
-    ("adamw", 1.5e-3, "target", 4), ("muon", 1.5e-3, "target", 4), ("muon", 3e-3, "target", 4),
-    ("muon", 6e-3, "target", 4), ("muon", 3e-3, "random", 4), ("adamw", 3e-3, "target", 4),
+OPTIMIZERS: list[tuple[Literal["adamw", "muon"], float, str, int, int]] = [
+    ("muon", 1.5e-3, "target", 2048, 1), ("muon", 3e-3, "target", 2048, 1), ("muon", 6e-3, "target", 2048, 1),
+    ("muon", 3e-3, "random", 2048, 1), ("adamw", 3e-3, "target", 2048, 1),
+    ("muon", 3e-3, "target", 4096, 1), ("muon", 6e-3, "target", 4096, 1), ("adamw", 1.5e-3, "target", 4096, 1),
+    ("adamw", 1.5e-3, "target", 2048, 4), ("muon", 1.5e-3, "target", 2048, 4), ("muon", 3e-3, "target", 2048, 4),
+    ("muon", 3e-3, "target", 4096, 4), ("adamw", 1.5e-3, "target", 4096, 4),
 ]  # fmt: skip
-"""With their highest rate, the weights to start from, and for how many times the steps of `equal`."""
+"""With their highest rate, the weights to start from, anchors a step, and for how many times the steps of `equal`."""
 SECOND = ("more of the same", "temperature 1", "temperature 1, rejected anchors first")
 """Second stages from the main draft, equal tokens: the first is what the others have to beat."""
 
@@ -164,13 +165,14 @@ def equal(bench: Benchmark) -> Outcome:
 
 
 def optimizer(bench: Benchmark, line: int) -> Outcome:
-    """The main recipe by another optimiser, at another rate or from another start."""
-    name, rate, start, times = OPTIMIZERS[line]
-    config = replace(bench.scale.config, optimizer=name, learning_rate=rate)
+    """The main recipe by another optimiser, at another rate, from another start or with more anchors a step."""
+    name, rate, start, anchors, times = OPTIMIZERS[line]
+    config = replace(bench.scale.config, optimizer=name, learning_rate=rate, anchors_per_step=anchors)
     trainer = bench.trainer(config, bench.features(), bench.new_draft(config.seed, start))
     steps = times * bench.scale.comparison_steps
     run = bench.run(trainer, steps=steps)
     recipe = f"main by {name} at {rate:g}, {steps} steps" + (f", {start} start" if start == "random" else "")
+    recipe += "" if anchors == bench.scale.config.anchors_per_step else f", {anchors} anchors"
     return bench.measure(trainer.average, "ours", recipe, config, run), {"run": run}
 
 
@@ -228,8 +230,8 @@ def cases() -> dict[str, Callable[[Benchmark], Outcome]]:
         },
         "more": more,
         **{
-            f"optimizer-{name}-{rate:g}-{start}-x{times}": partial(optimizer, line=line)
-            for line, (name, rate, start, times) in enumerate(OPTIMIZERS)
+            f"optimizer-{name}-{rate:g}-{start}-{anchors}-x{times}": partial(optimizer, line=line)
+            for line, (name, rate, start, anchors, times) in enumerate(OPTIMIZERS)
         },
         "main": main_training, "real": real_loop, "published": partial(main_training, name="published"),
         "speculators": speculators, "reference": reference, "equal": equal, "ngrams": ngrams,
