@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from actors.learner import Place, TrainingJob
-from unmask.checkpoints import check_pairing, load_draft, save_draft
+from unmask.checkpoints import check_pairing, load_confidence, load_draft, save_draft
 from unmask.config import DistillConfig, Recipe
 from unmask.errors import CheckpointError
 from unmask.models.dflash import DFlashConfig, DFlashDraft
@@ -67,8 +67,7 @@ class DraftJob(TrainingJob):
             tokens_per_step=config.tokens_per_step,
         )
         occurring = {token for s in everything for token in s.ids[s.prompt_length :]}
-        rows = self.draft.block_size - 1
-        confidence = ConfidenceHead(self.draft.hidden_size, rows) if config.confidence_weight else None
+        confidence = self._first_confidence() if config.confidence_weight else None
         if confidence is not None:
             confidence.to(place.device)
         # The hooks of a wrapper are no part of a graph.
@@ -100,6 +99,14 @@ class DraftJob(TrainingJob):
         if check_pairing(start, self.target_record) != self.draft:
             raise CheckpointError(f"'{start}' has another shape than this section asks for", field="draft.go_on_from")
         return load_draft(start).train().requires_grad_(True)
+
+    def _first_confidence(self) -> ConfidenceHead:
+        """That of the draft that is gone on from, which has this one's shape, or one that knows nothing yet."""
+        start = self.recipe.draft.go_on_from
+        head = None if start is None else load_confidence(start)
+        if head is None:
+            return ConfidenceHead(self.draft.hidden_size, self.draft.block_size - 1)
+        return head.train().requires_grad_(True)
 
     def save(self, trainer: DraftTrainer, path: Path, records: dict[str, str]) -> None:
         """See TrainingJob."""

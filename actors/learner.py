@@ -133,16 +133,22 @@ class Learner:
         while (progress := self._progress()) < 1.0:
             start = time.monotonic()
             window.append(self.trainer.step(progress))
+            saves = log is not None and start - saved_at >= self.config.checkpoint_every_s
             if self.trainer.steps_done % self.config.log_every_steps == 0:
                 self.last, window = self._record(log, window), []
-            # After the record: a device works behind the host until somebody reads from it.
+            elif saves:
+                # A device works behind the host until somebody reads from it: what a checkpoint would wait for is
+                # time of the steps.
+                float(window[-1]["loss"])
             self.budget.seconds_used += time.monotonic() - start
-            if log is not None and time.monotonic() - saved_at >= self.config.checkpoint_every_s:
+            if saves:
                 self._save_checkpoint()
                 saved_at = time.monotonic()
         self.stopped = progress == _STOPPED
         if window:
+            start = time.monotonic()
             self.last = self._record(log, window)
+            self.budget.seconds_used += time.monotonic() - start
         if log is not None:
             self._save_checkpoint()
 

@@ -9,6 +9,7 @@ most time; `--tiny` proves the script on a CPU.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 from dataclasses import dataclass
@@ -212,9 +213,12 @@ def main() -> None:
         args.out.write_text(json.dumps(rows, indent=1) + "\n")
         if args.profile and device == "cuda":
             print(profile(trainer), flush=True)
+        # A recording is part of a cycle, and holds on to memory.
         del trainer
+        gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 
 A constant number of requests runs at the production limits: a new one begins as one ends. `pause_ms` is the longest
 step; `back_s` says how long after the draft's return the first second begins in which the target emits at least 95 % of
-the tokens that it emitted before. Random weights; on GPUs acceptance is synthetic, as in `benchmarks.pairing`.
+the tokens that it emitted before anything happened. Random weights; on GPUs acceptance is synthetic, as in
+`benchmarks.pairing`.
 """
 
 from __future__ import annotations
@@ -61,50 +62,61 @@ def disturbed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         environment = os.environ | engine_environment(arguments, 0)
         environment[WATCHDOG_VARIABLE] = str(1.25 * limit_ms(arguments))
         engine = subprocess.Popen([*command, "--role=engine"], stdout=subprocess.PIPE, text=True, env=environment)
-        wait_for(lambda: (folder / "running").exists(), engine)
-        time.sleep(rest_s)
-        stopped = time.time()
-        draft.send_signal(signal.SIGSTOP)
-        time.sleep(STOPPED_S)
-        draft.send_signal(signal.SIGCONT)
-        continued = time.time()
-        time.sleep(rest_s)
-        killed = time.time()
-        draft.kill()
-        draft.wait()
-        (folder / "address").unlink()
-        with draft_process(arguments, "--shape", arguments.shape):
-            set_limits(arguments)
-            restarted = time.time()
+        try:
+            wait_for(lambda: (folder / "running").exists(), engine)
             time.sleep(rest_s)
-            (folder / "enough").touch()
-            output, _ = engine.communicate()
+            stopped = time.time()
+            draft.send_signal(signal.SIGSTOP)
+            time.sleep(STOPPED_S)
+            draft.send_signal(signal.SIGCONT)
+            continued = time.time()
+            time.sleep(rest_s)
+            killed = time.time()
+            draft.kill()
+            draft.wait()
+            (folder / "address").unlink()
+            with draft_process(arguments, "--shape", arguments.shape):
+                set_limits(arguments)
+                restarted = time.time()
+                time.sleep(rest_s)
+                (folder / "enough").touch()
+                output, _ = engine.communicate()
+        finally:
+            # Each would outlive a failure of the other.
+            draft.send_signal(signal.SIGCONT)
+            engine.kill()
     if engine.returncode:
         raise RuntimeError("the engine has failed")
     report = json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{")))
     common = {"shape": arguments.shape, "concurrency": arguments.concurrency[0], "gpus": arguments.gpus}
     common |= {"limit_ms": limit_ms(arguments), "requests": report["requests"], "failed": report["failed"]}
-    common |= {"machine": machine_of(arguments)}
+    undisturbed = rate(report["steps"], stopped - 2, stopped)
+    common |= {"machine": machine_of(arguments), "tokens_per_second_before": round(undisturbed, 1)}
     spans = (("stopped", stopped, continued), ("killed", killed, restarted))
     return [
-        {"draft": name, **common, **back(report["steps"], began, ended, ended + rest_s)} for name, began, ended in spans
+        {"draft": name, **common, **back(report["steps"], undisturbed, began, ended, ended + rest_s)}
+        for name, began, ended in spans
     ]
 
 
-def back(steps: Steps, began: float, ended: float, last: float) -> dict[str, Any]:
-    """What the steps show of a draft that was away from `began` to `ended`; nothing disturbs the second `last`."""
+def rate(steps: Steps, start: float, end: float) -> float:
+    """Tokens a second between two times."""
+    return sum(tokens for at, tokens in steps if start <= at < end) / (end - start)
 
-    def rate(start: float, end: float) -> float:
-        return sum(tokens for at, tokens in steps if start <= at < end) / (end - start)
 
-    before, tenths = rate(began - 2, began), int(10 * (last - 1 - ended))
-    soonest = (i / 10 for i in range(tenths) if rate(ended + i / 10, ended + i / 10 + 1) >= WITHIN * before)
-    pauses = [b - a for (a, _), (b, _) in itertools.pairwise(steps) if began <= b <= last]
+def back(steps: Steps, undisturbed: float, began: float, ended: float, last: float) -> dict[str, Any]:
+    """What the steps show of a draft that was away from `began` to `ended`, up to `last`.
+
+    Args:
+        undisturbed: tokens a second before anything happened.
+    """
+    tenths = (i / 10 for i in range(int(10 * (last - 1 - ended))))
+    soonest = (after for after in tenths if rate(steps, ended + after, ended + after + 1) >= WITHIN * undisturbed)
+    pauses = [b - a for (a, _), (b, _) in itertools.pairwise(steps) if began <= b and a <= last]
     return {
         "away_s": round(ended - began, 2),
-        "tokens_per_second_before": round(before, 1),
-        "tokens_per_second_without": round(rate(began + 1, ended), 1),
-        "tokens_per_second_after": round(rate(last - 2, last), 1),
+        "tokens_per_second_without": round(rate(steps, began + 1, ended), 1),
+        "tokens_per_second_after": round(rate(steps, last - 2, last), 1),
         "pause_ms": round(1000 * max(pauses), 1),
         "back_s": next(soonest, None),
     }

@@ -32,7 +32,7 @@ MAX_TOKENS = 32
 PROMPT_LEN = 16
 WARM_UP = 20
 PROXY_REASON = (
-    "Serve's proxy takes some 14 ms of a request (both ways, and a call back for its body); direct ingress leaves it "
+    "Serve's proxy takes some 20 ms of a request (both ways, and a call back for its body); direct ingress leaves it "
     "out."
 )
 WHOLE_REASON = "Presumed, not measured apart: the engine shares two cores with what answers."

@@ -17,7 +17,7 @@ from unmask.config import Recipe
 from unmask.errors import ConfigError
 from unmask.recipe import to_tree
 from unmask.targets import describe_target, resolve_target, unused_special_token
-from unmask.teachers import with_teacher
+from unmask.teachers import check_writer, with_teacher
 from unmask.trajectories import trajectories_directory
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ def distill(recipe: Recipe, run_dir: Path, *, fresh: bool = False) -> TrainingRe
     """Train on `<run_dir>/trajectories` into `<run_dir>/draft/final`, or `<run_dir>/student/final`.
 
     Raises:
-        UserError: no trajectories, an earlier run with other settings, or a draft or student that does not fit.
+        UserError: no trajectories, or those of another model; an earlier run with other settings, or a draft or student
+            that does not fit.
         FaultError: workers died more than `max_failures` times.
         StoppedError: SIGTERM came, and the state was saved.
     """
@@ -49,13 +50,15 @@ def _draft_job(recipe: Recipe, run_dir: Path) -> DraftJob:
     from unmask.models.draft_start import draft_sizes
 
     target_path = resolve_target(recipe.target.model, recipe.target.revision)
+    record = describe_target(target_path)
+    check_writer(trajectories_directory(run_dir), record)
     tokenizer = AutoTokenizer.from_pretrained(target_path, local_files_only=True)
     mask = recipe.draft.mask_token_id
     mask = unused_special_token(tokenizer) if mask is None else mask
     return DraftJob(
         recipe_tree=to_tree(recipe) | {"run_dir": str(run_dir)},
         target_path=str(target_path),
-        target_record=describe_target(target_path),
+        target_record=record,
         draft=draft_sizes(AutoConfig.from_pretrained(target_path, local_files_only=True), recipe.draft, mask),
         run_dir=str(run_dir),
     )
@@ -69,11 +72,13 @@ def _student_job(recipe: Recipe, run_dir: Path) -> StudentJob:
     teacher = resolve_target(target.model, target.revision)
     if families.read(teacher).attention != "bidirectional":
         raise ConfigError(f"'{teacher}' is no bidirectional diffusion LM; adapt one first", field="student.teacher")
+    record = describe_target(teacher)
+    check_writer(trajectories_directory(run_dir), record)
     return StudentJob(
         recipe_tree=to_tree(recipe) | {"run_dir": str(run_dir)},
         run_dir=str(run_dir),
         source=str(teacher),
-        record=describe_target(teacher),
+        record=record,
     )
 
 

@@ -6,7 +6,6 @@ summary a shard and keeps the manifest, so that a killed job goes on where it wa
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from unmask.provenance import check_same_run, write_run
 from unmask.recipe import to_tree
 from unmask.staged_prompts import stage_prompts
 from unmask.targets import describe_target, resolve_target
-from unmask.teachers import check_teacher, with_teacher
+from unmask.teachers import WRITER, check_teacher, read_writer, with_teacher
 from unmask.trajectories import inspect_shard
 from unmask.types import TargetRecord
 
@@ -37,7 +36,6 @@ _MAY_CHANGE = frozenset(f"generate.{name}" for name in PLACING["generate"]) | fr
 )
 """Fields that a resumed run may change: no response depends on them."""
 
-_TEACHER = "teacher.json"
 _SECTIONS = ("target", "prompts", "generate")
 
 
@@ -83,9 +81,13 @@ def generate(
     teacher = resolve_target(recipe.target.model, recipe.target.revision)
     check_teacher(teacher, recipe.generate.decoder)
     record = describe_target(teacher)
-    _check_same_teacher(directory, record)
+    if read_writer(directory) not in (None, asdict(record)):
+        raise UserError(
+            f"is another model now than when '{directory}' was started; use another run_dir, or --fresh to start over",
+            field="target.model",
+        )
     write_run(directory, tree)
-    write_json(directory / _TEACHER, asdict(record))
+    write_json(directory / WRITER, asdict(record))
     staged = stage_prompts(
         recipe.prompts,
         directory / "prompts",
@@ -102,16 +104,6 @@ def generate(
     with GenerationProgress(total, done, recipe.generate.progress_every_s) as progress:
         _record(summaries, manifest, directory, progress)
     return _report(manifest, progress, resumed)
-
-
-def _check_same_teacher(directory: Path, record: TargetRecord) -> None:
-    """Refuse to mix the responses of two teachers: the same name may stand for other weights by now."""
-    path = directory / _TEACHER
-    if path.is_file() and json.loads(path.read_text()) != asdict(record):
-        raise UserError(
-            f"is another model now than when '{directory}' was started; use another run_dir, or --fresh to start over",
-            field="target.model",
-        )
 
 
 def _pinned(recipe: Recipe, record: TargetRecord) -> Recipe:

@@ -12,7 +12,7 @@ import yaml
 
 from unmask.errors import ConfigError
 from unmask.files import write_json, write_text
-from unmask.recipe import parse_recipe, to_tree
+from unmask.recipe import completed
 
 RUN_YAML = "run.yaml"
 PROVENANCE = "provenance.json"
@@ -66,10 +66,9 @@ def _started_with(path: Path) -> dict[str, Any]:
     """The recipe of the run so far. A field that its version did not have yet has the default, as it had in effect."""
     tree = yaml.safe_load(path.read_text())
     try:
-        complete = to_tree(parse_recipe(tree))
+        return completed(tree)
     except ConfigError:  # a field or value that this version does not know: it will be named
         return tree
-    return {name: value for name, value in complete.items() if name in tree}
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

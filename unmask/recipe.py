@@ -59,6 +59,21 @@ def parse(cls: type[T], tree: dict[str, Any]) -> T:
         raise ConfigError(f"{first['msg']} (got {first['input']!r})", field=where or None) from None
 
 
+def completed(tree: dict[str, Any]) -> dict[str, Any]:
+    """Some sections of a recipe with the defaults of all that they leave out. What sections ask of each other is not
+    checked, since others may be missing.
+
+    Raises:
+        ConfigError: an unknown key or an impossible value.
+    """
+    _refuse_unknown_keys(Recipe, tree, "")
+    hints = typing.get_type_hints(Recipe)
+    sections = {name: _dataclass_types(hints[name]) for name, value in tree.items() if isinstance(value, dict)}
+    return {
+        name: to_tree(parse(sections[name][0], value)) if sections.get(name) else value for name, value in tree.items()
+    }
+
+
 def to_tree(config: Any) -> dict[str, Any]:
     """A configuration as plain nested values, for `run.yaml` and `--plan`."""
     return dataclasses.asdict(config)
@@ -104,4 +119,4 @@ def _dataclass_types(hint: Any) -> list[Any]:
     return [hint] if dataclasses.is_dataclass(hint) else []
 
 
-__all__ = ["digest", "load_recipe", "parse", "parse_recipe", "to_tree"]
+__all__ = ["completed", "digest", "load_recipe", "parse", "parse_recipe", "to_tree"]

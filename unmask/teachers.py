@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from unmask.config import Recipe
 from unmask.errors import CheckpointError, ConfigError
 from unmask.targets import validate_directory
+from unmask.types import TargetRecord
 
 ADAPTED = Path("teacher") / "final"
 """In a run directory: what `pipelines.adapt` makes."""
+WRITER = "teacher.json"
+"""In a folder of trajectories: the record of the model that writes them."""
+
+
+def read_writer(trajectories: Path) -> dict[str, Any] | None:
+    """Fields of the `TargetRecord` of the model that wrote a folder of trajectories; None if none is kept there."""
+    path = trajectories / WRITER
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def check_writer(trajectories: Path, record: TargetRecord) -> None:
+    """Refuse a model that is to learn from what another one wrote: the same name may stand for other weights by now.
+
+    Raises:
+        ConfigError: naming the first field in which the two differ.
+    """
+    wrote, now = read_writer(trajectories) or {}, asdict(record)
+    if differing := next((name for name in wrote if wrote[name] != now.get(name)), None):
+        raise ConfigError(
+            f"is not the model that wrote '{trajectories}' (another {differing}); name that one, or generate anew with "
+            "this one",
+            field="target.model",
+        )
 
 
 def with_teacher(recipe: Recipe, run_dir: Path) -> Recipe:

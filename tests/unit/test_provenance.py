@@ -47,6 +47,15 @@ def test_a_field_that_a_run_did_not_know_has_its_default(tmp_path: Path) -> None
         check_same_run(tmp_path, changed)
 
 
+def test_sections_of_a_stage_are_completed_by_themselves(tmp_path: Path) -> None:
+    """A student needs a decoder of the section `generate`, which its stage does not record."""
+    whole = to_tree(parse_recipe({"generate": {"decoder": {"name": "one_token"}}, "student": {}}))
+    now = {name: whole[name] for name in ("target", "student")}
+    older = {"target": whole["target"], "student": {k: v for k, v in whole["student"].items() if k != "seed"}}
+    write_run(tmp_path, older)
+    check_same_run(tmp_path, now)
+
+
 def test_a_field_that_only_an_earlier_version_knew_is_named(tmp_path: Path) -> None:
     older = to_tree(Recipe())
     older["distill"]["gone"] = 3

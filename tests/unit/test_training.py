@@ -129,6 +129,27 @@ def test_cached_and_recomputed_features_are_equal():
     assert half.bytes <= whole.bytes // 2
 
 
+def test_no_forward_of_the_target_is_longer_than_asked_or_for_nothing():
+    target, _ = tiny_pair()
+    texts = [TokenSequence(tuple(range(2, 2 + length)), 1) for length in (20, 4, 5, 4, 20, 6, 20, 4)]
+    sequences = SequenceSet(texts, batch_size=1, seed=0, tokens_per_step=128)
+    asked: list[list[int]] = []
+
+    class Watched(FeatureCache):
+        def _compute(self, indices):
+            asked.append([len(texts[i].ids) for i in indices])
+            return super()._compute(indices)
+
+    room = Watched(target, sequences, 10**8)._compute([0])[0][0].nbytes * 24
+    cache = Watched(target, sequences, room, batch_tokens=16)
+    asked.clear()
+    assert cache.warm_up() == 5
+    assert asked == [[4, 4, 4], [5, 6], [20]]
+    asked.clear()
+    cache.get(sequences.batch([tuple(range(8))]))
+    assert asked == [[20], [20], [20]]
+
+
 @settings(deadline=None, max_examples=25)
 @given(lengths=st.lists(st.integers(3, 40), min_size=4, max_size=30), seed=st.integers(0, 5))
 def test_packed_rows_hold_every_sequence_once_an_epoch(lengths, seed):
@@ -272,6 +293,20 @@ def test_only_sound_checkpoints_are_resumed(tmp_path):
     assert resume_state(tmp_path, trainer()) is None
 
 
+def test_damaged_checkpoints_do_not_push_out_a_sound_one(tmp_path):
+    learner = trainer()
+    for _ in range(3):
+        learner.step(0.0)
+        save_state(tmp_path, learner, {})
+    for weights in tmp_path.glob("*/state.safetensors"):
+        weights.write_bytes(b"")
+    begun_again = trainer()
+    assert resume_state(tmp_path, begun_again) is None
+    begun_again.step(0.0)
+    save_state(tmp_path, begun_again, {})
+    assert resume_state(tmp_path, trainer()) == {"steps_done": 1}
+
+
 def ranks(world, config, folder, steps, averages_gradients):
     """Ranks of a data-parallel run as threads: totals are summed as collectives would do it, and gradients averaged
     as a wrapper would, or by the trainers.
@@ -306,7 +341,8 @@ def ranks(world, config, folder, steps, averages_gradients):
     def run(learner):
         for step in steps:
             report = learner.step(step / 40)
-            reported[step] = report["loss"], report["confidence"]
+            # An optimiser that divides by a gradient's size does not see one of the wrong scale.
+            reported[step] = report["loss"], report["confidence"], report["grad_norm"] if averages_gradients else 0.0
 
     learners = [rank_trainer(rank) for rank in range(world)]
     with ThreadPoolExecutor(world) as pool:
@@ -329,7 +365,7 @@ def test_workers_that_come_and_go_take_the_steps_of_one(packed, averages_gradien
         ranks(world, config, tmp_path / "parts", range(start, start + 2), averages_gradients)
         for world, start in ((2, 0), (1, 2), (2, 4))
     ]
-    assert list(itertools.chain(*parts)) == pytest.approx(whole, rel=1e-6, abs=0)
+    assert list(itertools.chain(*parts)) == pytest.approx(whole, rel=1e-5, abs=0)
 
 
 def test_log_lines_are_json(tmp_path):

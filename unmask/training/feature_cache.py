@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ class FeatureCache:
         target: the frozen target, on the training device.
         sequences: whose features are asked for.
         max_bytes: bound of what is kept; sequences beyond it are recomputed at every visit.
-        batch_tokens: padded tokens of one target forward while warming up.
+        batch_tokens: padded tokens of one target forward.
         final: append the target's final (normed) states, from which its logits follow: [T, D * H + H].
         device: where features are kept.
     """
@@ -43,17 +45,10 @@ class FeatureCache:
 
     def warm_up(self) -> int:
         """Fill the cache in batches of sequences of like length; returns the number of sequences kept."""
-        lengths = [len(s.ids) for s in self.sequences.sequences]
-        pending: list[int] = []
-        for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-            if pending and (len(pending) + 1) * lengths[index] > self.batch_tokens:
-                self._keep(pending)
-                pending = []
-            if self.bytes >= self.max_bytes:
-                return len(self.kept)
-            pending.append(index)
-        if pending:
-            self._keep(pending)
+        for indices in self._batches(range(len(self.sequences.sequences))):
+            # The shortest come first: after one that has no room none has.
+            if self.bytes >= self.max_bytes or not self._keep(indices):
+                break
         return len(self.kept)
 
     def get(self, batch: Batch) -> Tensor:
@@ -61,7 +56,9 @@ class FeatureCache:
         missing = [i for i in batch.indices if i not in self.kept]
         if self._rows is not None and not missing:
             return self._gathered(self._rows, batch)
-        fresh = dict(zip(missing, self._compute(missing), strict=True)) if missing else {}
+        fresh: dict[int, Tensor] = {}
+        for indices in self._batches(missing):
+            fresh |= zip(indices, self._compute(indices), strict=True)
         features = [self.kept[i] if i in self.kept else fresh[i] for i in batch.indices]
         return batch.lay_out(features).to(self.target.device, non_blocking=True)
 
@@ -75,12 +72,26 @@ class FeatureCache:
             chosen = chosen.pin_memory()
         return rows[chosen.to(rows.device, non_blocking=True)]
 
-    def _keep(self, indices: list[int]) -> None:
+    def _batches(self, indices: Iterable[int]) -> Iterator[list[int]]:
+        """Sequences of like length, the shortest first, as many as one forward takes."""
+        lengths, pending = [len(s.ids) for s in self.sequences.sequences], []
+        for index in sorted(indices, key=lengths.__getitem__):
+            if pending and (len(pending) + 1) * lengths[index] > self.batch_tokens:
+                yield pending
+                pending = []
+            pending.append(index)
+        if pending:
+            yield pending
+
+    def _keep(self, indices: list[int]) -> bool:
+        """Compute them and keep those that fit; False if one did not."""
         for index, features in zip(indices, self._compute(indices), strict=True):
             size = features.numel() * features.element_size()
-            if self.bytes + size <= self.max_bytes:
-                self.kept[index] = self._stored(index, features)
-                self.bytes += size
+            if self.bytes + size > self.max_bytes:
+                return False
+            self.kept[index] = self._stored(index, features)
+            self.bytes += size
+        return True
 
     def _stored(self, index: int, features: Tensor) -> Tensor:
         if self.keep_on.type != self.target.device.type:

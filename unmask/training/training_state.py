@@ -38,7 +38,7 @@ class Trainer(Protocol):
 
 
 def save_state(directory: Path, trainer: Trainer, meta: dict[str, Any], keep: int = 2) -> Path:
-    """Write `step-NNNNNNNN` under a directory atomically, then remove all but the newest `keep`.
+    """Write `step-NNNNNNNN` under a directory atomically, then remove all others but the `keep` - 1 before it.
 
     One process at a time may save into a directory.
 
@@ -52,8 +52,11 @@ def save_state(directory: Path, trainer: Trainer, meta: dict[str, Any], keep: in
     with atomic_directory(path) as partial:
         save_tensors(_flatten(state), partial / _TENSORS)
         (partial / _META).write_text(json.dumps(meta | {"steps_done": trainer.steps_done}))
-    for old in _steps(directory)[:-keep]:
-        shutil.rmtree(old)
+    # Later ones than this can only be those that a resume has refused as damaged; they would take its place.
+    kept = [step for step in _steps(directory) if step <= path][-keep:]
+    for old in _steps(directory):
+        if old not in kept:
+            shutil.rmtree(old)
     return path
 
 
