@@ -67,7 +67,7 @@ OPTIMIZERS: list[tuple[Literal["adamw", "muon"], float, str, int, int]] = [
     ("muon", 3e-3, "random", 2048, 1), ("adamw", 3e-3, "target", 2048, 1),
     ("muon", 3e-3, "target", 4096, 1), ("muon", 6e-3, "target", 4096, 1), ("adamw", 1.5e-3, "target", 4096, 1),
     ("adamw", 1.5e-3, "target", 2048, 4), ("muon", 1.5e-3, "target", 2048, 4), ("muon", 3e-3, "target", 2048, 4),
-    ("muon", 3e-3, "target", 4096, 4), ("adamw", 1.5e-3, "target", 4096, 4),
+    ("muon", 6e-3, "target", 2048, 4), ("muon", 3e-3, "random", 2048, 4), ("muon", 6e-3, "target", 4096, 4),
 ]  # fmt: skip
 """With their highest rate, the weights to start from, anchors a step, and for how many times the steps of `equal`."""
 SECOND = ("more of the same", "temperature 1", "temperature 1, rejected anchors first")

@@ -1,6 +1,8 @@
-"""`python -m tests.fault.report`: write docs/reliability.md from what the fault tests have recorded.
+"""`python -m tests.fault.report`: write docs/reliability.md and its raw figures from what the fault tests have recorded.
 
-With `--check` nothing is written, and the exit code is 1 when a figure is not met and no reason is on record.
+A test that has run here takes the place of its last record; the others stay as they are kept in
+benchmarks/results/reliability.json. With `--check` nothing is written, and the exit code is 1 when a figure is not met
+and no reason is on record.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from typing import Any
 
 from tests.fault.record import RECORDS
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "reliability.md"
+_ROOT = Path(__file__).parents[2]
+DOCUMENT = _ROOT / "docs" / "reliability.md"
+RESULTS = _ROOT / "benchmarks" / "results" / "reliability.json"
 
 ROWS = {
     "F1": "A target replica dies under requests that are not streamed",
@@ -43,8 +47,8 @@ ROWS = {
 HEADER = """# Reliability
 
 What is done to the service and the pipelines by `tests/fault`, and what came of it. The table is written by
-`python -m tests.fault.report` from what the tests measured; the quick tests run in `make test`, all of them in
-`make test-all`. Replicas are real vLLM engines on CPU; unless the row says otherwise the target is a random network of
+`python -m tests.fault.report` from what the tests measured ([raw figures](../benchmarks/results/reliability.json)); the
+quick tests run in `make test`, all of them in `make test-all`. Replicas are real vLLM engines on CPU; unless the row says otherwise the target is a random network of
 six layers, so that a test costs seconds. Its greedy text depends on every token before, so a lost or doubled token
 would change all that follows.
 
@@ -55,11 +59,14 @@ replica is ready and every target has its draft, under load; F4 is without load.
 """
 
 
-def load(directory: Path = RECORDS) -> list[dict[str, Any]]:
-    """Records in the order of the rows."""
-    records = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
+def load(directory: Path = RECORDS, results: Path = RESULTS) -> list[dict[str, Any]]:
+    """The latest record of each event, in the order of the rows."""
+    kept = json.loads(results.read_text()) if results.is_file() else []
+    fresh = [json.loads(path.read_text()) for path in directory.glob("*.json")]
+    by_time = sorted([*kept, *fresh], key=lambda record: record["when"])
+    latest = {(record["row"], record["event"]): record for record in by_time}
     order = list(ROWS)
-    return sorted(records, key=lambda record: (order.index(record["row"]), record["event"], record["scale"]))
+    return sorted(latest.values(), key=lambda record: (order.index(record["row"]), record["event"]))
 
 
 def unmet(records: list[dict[str, Any]]) -> list[str]:
@@ -117,6 +124,7 @@ def main() -> int:
         sys.stderr.write("".join(f"{problem}\n" for problem in problems))
     if arguments.check:
         return 1 if problems else 0
+    RESULTS.write_text(json.dumps(records, indent=1) + "\n")
     DOCUMENT.write_text(document(records))
     return 0
 
