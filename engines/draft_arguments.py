@@ -23,6 +23,9 @@ MAILBOX_FOLDER_VARIABLE = "VLLM_UNMASK_MAILBOXES"
 WATCHDOG_VARIABLE = "VLLM_UNMASK_WATCHDOG_MS"
 """Longest wait of a GPU for its draft, in milliseconds."""
 
+EIGHT_BIT_VARIABLE = "VLLM_UNMASK_EIGHT_BIT_ROWS"
+"""Set to 1: feature rows lie in the mailbox, and travel, as float8 (e4m3)."""
+
 WORKER_EXTENSION = "engines.worker_extension.RemoteDraftWorker"
 
 AUX_LAYERS_KEY = "eagle_aux_hidden_state_layer_ids"
@@ -52,6 +55,8 @@ class RemoteDraftOptions:
     """On a GPU: the folder that a draft on this host serves. None reaches the link file's drafts through a sidecar."""
     timeout_ms: float | None = None
     """How long a step waits for its draft; on a GPU its watchdog lets it go a little later. None is its own limit."""
+    eight_bit_rows: bool = False
+    """On a GPU: see `EIGHT_BIT_VARIABLE`."""
     k_by_batch_size: tuple[tuple[int, int, int], ...] = ()
     """On a GPU: (first, last batch size, K), ascending from 1; graphs are made for each of these K. The scheduler and
     the draft both go by it until `LoadWatch` has measured what these K are worth. Empty is `num_speculative_tokens`

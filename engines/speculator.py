@@ -25,7 +25,12 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import get_eagle3_aux_layers_from_config
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from engines.draft_arguments import LINK_FILE_VARIABLE, MAILBOX_FOLDER_VARIABLE, WATCHDOG_VARIABLE
+from engines.draft_arguments import (
+    EIGHT_BIT_VARIABLE,
+    LINK_FILE_VARIABLE,
+    MAILBOX_FOLDER_VARIABLE,
+    WATCHDOG_VARIABLE,
+)
 from engines.load_watch import LoadWatch
 from engines.prompt_hashes import PromptHashes
 from engines.runner_hooks import schedulers
@@ -41,6 +46,7 @@ from unmask.pairing.mailbox_target import MailboxTarget
 from unmask.pairing.packed_rows import StepTensors
 from unmask.pairing.sidecar import target_shape
 from unmask.pairing.stream_words import HostWords, PinnedMailbox, StreamWords
+from unmask.pairing.wire import EIGHT_BIT
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +111,7 @@ class RemoteSpeculator(BaseSpeculator):
             max_requests=scheduler.max_num_seqs,
             max_rows=scheduler.max_num_batched_tokens,
             width=self.width,
-            dtype=cast(torch.dtype, model.dtype),
+            dtype=EIGHT_BIT if os.environ.get(EIGHT_BIT_VARIABLE) == "1" else cast(torch.dtype, model.dtype),
             max_k=self.max_k,
         )
         place = private_folder(Path(folder) if folder else _SHARED_MEMORY / f"unmask-{os.getuid()}")

@@ -18,6 +18,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from engines.draft_arguments import (
+    EIGHT_BIT_VARIABLE,
     LINK_FILE_VARIABLE,
     MAILBOX_FOLDER_VARIABLE,
     WATCHDOG_VARIABLE,
@@ -197,6 +198,8 @@ class TargetEngine:
             variables[MAILBOX_FOLDER_VARIABLE] = str(self._draft.mailbox_folder.absolute())
         if self._draft is not None:
             variables[LINK_FILE_VARIABLE] = str(self._draft.link_file.absolute())
+        if self._draft is not None and self._draft.eight_bit_rows:
+            variables[EIGHT_BIT_VARIABLE] = "1"
         if self._draft is not None and self._draft.timeout_ms is not None:
             # The sidecar gives up first, and says so; the watchdog is for when it cannot.
             variables[WATCHDOG_VARIABLE] = f"{_WATCHDOG_SHARE * self._draft.timeout_ms:g}"

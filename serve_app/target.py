@@ -201,6 +201,7 @@ class _Link:
                 layer_ids=tuple(draft.target_layer_ids),
                 num_speculative_tokens=k,
                 timeout_ms=config.serve.draft_limit_ms,
+                eight_bit_rows=config.serve.eight_bit_rows,
                 k_by_batch_size=first_spans(k, config.serve.max_num_seqs) if config.serve.adaptive_k else (),
             ),
             address=None,

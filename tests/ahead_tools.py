@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from unmask.pairing.server import DraftServer
 from unmask.pairing.sidecar import Sidecar
 from unmask.pairing.stream_end import SeenStep
 from unmask.pairing.stream_words import HostWords
-from unmask.pairing.wire import Step, pack_rows
+from unmask.pairing.wire import Step, as_rows, pack_rows
 from unmask.types import ProposalRow
 
 
@@ -54,8 +55,8 @@ class CountingEngine(DraftEngine):
 class Pair:
     """See above; the target is a thread of the caller's on a CPU, the draft wherever it is put."""
 
-    def __init__(self, folder: Path, device: str = "cpu", **changes: object) -> None:
-        self.mailbox = Mailbox.create(folder / "box", LAYOUT)
+    def __init__(self, folder: Path, device: str = "cpu", rows: torch.dtype = LAYOUT.dtype, **changes: object) -> None:
+        self.mailbox = Mailbox.create(folder / "box", replace(LAYOUT, dtype=rows))
         self.engine = new_engine(CountingEngine, device, **changes)
         self.twin = new_engine(DraftEngine, device, **changes)
         self.target = MailboxTarget(self.mailbox, HostWords(self.mailbox), SHAPE, torch.device("cpu"))
@@ -110,6 +111,7 @@ class Pair:
             for name, start, raw, anchor in step.seen
         ]
         self.steps += 1
+        projected = self.engine.hello.projection.to("cpu")(torch.cat([raw for *_, raw, _ in step.seen]))
         finished, self.finished = self.finished, []
         asked = Step(
             draft_version=self.twin.version,
@@ -117,7 +119,7 @@ class Pair:
             number=self.steps,
             num_speculative_tokens=k,
             rows=pack_rows(rows),
-            features=self.engine.hello.projection.to("cpu")(torch.cat([raw for *_, raw, _ in step.seen])),
+            features=as_rows(projected, self.mailbox.layout.dtype).to(projected.dtype),
             finished=np.array(finished, dtype="<u8"),
         )
         (reply,) = self.twin.step([(0, asked)])

@@ -330,7 +330,7 @@ def announced(server: DraftServer, num_rows: int) -> tuple[Control, Announcement
         "longest": num_rows,
     }
     control = Control(number=3, **shared)
-    return control, Announcement(number=3, max_requests=2, max_rows=num_rows, **shared)
+    return control, Announcement(number=3, max_requests=2, max_rows=num_rows, dtype=torch.float32, **shared)
 
 
 def parts_of(num_rows: int) -> list[memoryview]:

@@ -20,6 +20,7 @@ from unmask.pairing.mailbox import Control, Mailbox
 from unmask.pairing.mailbox_words import DOORBELL, LATE, REPLY, STEP_MASK
 from unmask.pairing.packed_rows import StepTensors
 from unmask.pairing.page_hashes import hash_pages
+from unmask.pairing.wire import EIGHT_BIT
 
 K = LAYOUT.max_k
 
@@ -30,10 +31,11 @@ def pair(tmp_path) -> Iterator[Pair]:
         yield pair
 
 
+@pytest.mark.parametrize("rows", [torch.float32, EIGHT_BIT], ids=["whole rows", "rows in eight bits"])
 @pytest.mark.parametrize("kind", [Pair, RelayedPair, NeighbourPair])
-def test_proposals_do_not_depend_on_when_the_step_was_queued(kind: type[Pair], tmp_path) -> None:
+def test_proposals_do_not_depend_on_when_the_step_was_queued(kind: type[Pair], rows: torch.dtype, tmp_path) -> None:
     imagined = ImaginedTarget(seed=11)
-    with kind(tmp_path) as pair:
+    with kind(tmp_path, rows=rows) as pair:
         for _ in range(150):
             step, k = imagined.step(), imagined.random.randint(1, K)
             assert pair.ask(step, k) == pair.ask_twin(step, k)
@@ -44,15 +46,16 @@ def test_proposals_do_not_depend_on_when_the_step_was_queued(kind: type[Pair], t
     eventually(lambda: pair.engine.resident_requests == 0)
 
 
+@pytest.mark.parametrize("rows", [torch.float32, EIGHT_BIT], ids=["whole rows", "rows in eight bits"])
 def test_a_draft_without_room_for_a_mailbox_takes_the_rows_of_announced_steps_all_the_same(
-    tmp_path, monkeypatch
+    rows: torch.dtype, tmp_path, monkeypatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(draft_session, "Relay", full)
     imagined = ImaginedTarget(seed=12)
-    with RelayedPair(tmp_path) as pair:
+    with RelayedPair(tmp_path, rows=rows) as pair:
         for _ in range(60):
             step, k = imagined.step(), imagined.random.randint(1, K)
             assert pair.ask(step, k) == pair.ask_twin(step, k)

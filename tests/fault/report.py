@@ -1,4 +1,4 @@
-"""`python -m tests.fault.report`: write docs/reliability.md and its raw figures from what the fault tests have recorded.
+"""`python -m tests.fault.report`: write docs/reliability.md and its raw figures from what fault tests have recorded.
 
 A test that has run here takes the place of its last record; the others stay as they are kept in
 benchmarks/results/reliability.json. With `--check` nothing is written, and the exit code is 1 when a figure is not met
@@ -48,9 +48,9 @@ HEADER = """# Reliability
 
 What is done to the service and the pipelines by `tests/fault`, and what came of it. The table is written by
 `python -m tests.fault.report` from what the tests measured ([raw figures](../benchmarks/results/reliability.json)); the
-quick tests run in `make test`, all of them in `make test-all`. Replicas are real vLLM engines on CPU; unless the row says otherwise the target is a random network of
-six layers, so that a test costs seconds. Its greedy text depends on every token before, so a lost or doubled token
-would change all that follows.
+quick tests run in `make test`, all of them in `make test-all`. Replicas are real vLLM engines on CPU; unless the row
+says otherwise the target is a random network of six layers, so that a test costs seconds. Its greedy text depends on
+every token before, so a lost or doubled token would change all that follows.
 
 A figure in seconds is recorded, not asserted: it tells of the machine as much as of the code. All others fail the
 test. Where a figure is not met the reason stands below. "Whole again after" is the time from the signal until every

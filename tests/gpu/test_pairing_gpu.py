@@ -30,6 +30,7 @@ from unmask.pairing.mailbox import Mailbox, take_tokens
 from unmask.pairing.mailbox_words import BEGUN, DOORBELL, REPLY, is_reached, signed
 from unmask.pairing.packed_rows import StepTensors, pack_rows
 from unmask.pairing.unpacked_rows import LENGTH, PAGES, Destination, answer_rows, unpack_rows
+from unmask.pairing.wire import EIGHT_BIT, as_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -50,31 +51,38 @@ def on_gpu(step: StepTensors) -> StepTensors:
     return StepTensors(**{name: getattr(step, name).cuda() for name in StepTensors.__dataclass_fields__})
 
 
-def test_the_kernel_stores_what_the_reference_does(shared: Path) -> None:
+ROWS = pytest.mark.parametrize("rows", [torch.float32, EIGHT_BIT], ids=["whole rows", "rows in eight bits"])
+
+
+@ROWS
+def test_the_kernel_stores_what_the_reference_does(rows: torch.dtype, shared: Path) -> None:
     from unmask.pairing.packed_rows_triton import pack_rows_on_gpu
     from unmask.pairing.stream_words import PinnedMailbox
 
-    expected, found = (Mailbox.create(shared / name, LAYOUT) for name in ("expected", "found"))
+    layout = replace(LAYOUT, dtype=rows)
+    expected, found = (Mailbox.create(shared / f"{name} {rows}", layout) for name in ("expected", "found"))
     words = PinnedMailbox(found)
     imagined = ImaginedTarget(seed=1)
     for number in (1, 2, 7, 16, 2**31, 2**32 - 1, 0):
         step = imagined.step()
-        features = step.states[0][: len(step.tensors.positions)]
+        features = as_rows(step.states[0][: len(step.tensors.positions)], rows)
         pack_rows(expected, step.tensors, features, number)
         pack_rows_on_gpu(found, words.address, on_gpu(step.tensors), features.cuda(), number, step.longest)
         torch.cuda.synchronize()
         assert (found.rows == expected.rows).all()
-        assert torch.equal(found.features, expected.features)
+        assert torch.equal(found.features.float(), expected.features.float())
         imagined.end()
     words.close()
 
 
-def test_the_kernels_take_and_answer_what_the_references_do(shared: Path) -> None:
+@ROWS
+def test_the_kernels_take_and_answer_what_the_references_do(rows: torch.dtype, shared: Path) -> None:
     from unmask.pairing.stream_words import PinnedMailbox
     from unmask.pairing.unpacked_rows_triton import answer_rows_on_gpu, unpack_rows_on_gpu
 
     generator = random.Random(7)
-    expected, found = (Mailbox.create(shared / name, LAYOUT) for name in ("taken", "taken by a kernel"))
+    layout = replace(LAYOUT, dtype=rows)
+    expected, found = (Mailbox.create(shared / f"{name} {rows}", layout) for name in ("taken", "taken by a kernel"))
     words = PinnedMailbox(found)
     for number in (1, 7, 2**31, 2**32 - 1, 0) * 8:
         requests, longest, k = generator.randint(1, 8), generator.randint(1, 6), generator.randint(1, LAYOUT.max_k)
@@ -84,7 +92,7 @@ def test_the_kernels_take_and_answer_what_the_references_do(shared: Path) -> Non
             count = generator.choice([0, longest + 1] + 8 * [generator.randint(1, longest)])
             tag = signed(number) if generator.random() < 0.9 else 3
             expected.rows[i] = start + (generator.random() < 0.1), count, generator.choice([-1, 0, 5, 90]), tag
-        expected.features[:] = torch.randn(LAYOUT.max_rows, LAYOUT.width)
+        expected.features[:] = as_rows(torch.randn(LAYOUT.max_rows, LAYOUT.width), rows)
         for word, value in ((BEGUN, number), (REPLY, number - 1)):
             expected.set_word(word, value)
         found.memory[:] = expected.memory
@@ -114,11 +122,14 @@ def test_the_kernels_take_and_answer_what_the_references_do(shared: Path) -> Non
     words.close()
 
 
+@ROWS
 @pytest.mark.parametrize("kind", [Pair, RelayedPair])
-def test_steps_are_drafted_behind_their_doorbells_as_after_them(kind: type[Pair], shared: Path) -> None:
-    folder = shared / kind.__name__
+def test_steps_are_drafted_behind_their_doorbells_as_after_them(
+    kind: type[Pair], rows: torch.dtype, shared: Path
+) -> None:
+    folder = shared / f"{kind.__name__} {rows}"
     folder.mkdir()
-    with kind(folder, "cuda") as pair:
+    with kind(folder, "cuda", rows=rows) as pair:
         imagined = ImaginedTarget(seed=11)
         for _ in range(300):
             step, k = imagined.step(), imagined.random.randint(1, LAYOUT.max_k)

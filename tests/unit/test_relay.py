@@ -32,7 +32,13 @@ def numbered(step: int) -> int:
 
 
 def announced(
-    engine: DraftEngine, requests: list[int], k: int = K, longest: int = 6, max_rows: int = 64, number: int = TAG
+    engine: DraftEngine,
+    requests: list[int],
+    k: int = K,
+    longest: int = 6,
+    max_rows: int = 64,
+    number: int = TAG,
+    dtype: torch.dtype = torch.float32,
 ) -> Announcement:
     return Announcement(
         number=number,
@@ -43,6 +49,7 @@ def announced(
         longest=longest,
         max_requests=8,
         max_rows=max_rows,
+        dtype=dtype,
     )
 
 
@@ -77,7 +84,7 @@ class Relayed:
         self.batcher.start()
         self.vocab_size = engine.hello.vocab_size
         drafting = LocalDrafting(engine, self.batcher, itertools.count().__next__)
-        self.relay = Relay(drafting, announced(engine, []), HIDDEN, torch.float32, self.vocab_size)
+        self.relay = Relay(drafting, announced(engine, []), HIDDEN, self.vocab_size)
         self.theirs, self.channel = (Channel(sock) for sock in socket.socketpair())
 
     def check(self, step: Step) -> Proposals:
@@ -174,10 +181,12 @@ def test_more_than_was_announced_is_refused(relayed) -> None:
         relayed.send_rows(step_of(engine, 2, [(7, 0, 1, 3)]), TAG)
     with pytest.raises(WireError, match="requests"):
         relay.announce(announced(engine, list(range(9))))
+    with pytest.raises(WireError, match="other rows"):
+        relay.announce(announced(engine, [7], dtype=torch.bfloat16))
     with pytest.raises(WireError, match="rows"):
         relay.answer(step_of(engine, 1, [(7, 0, 65, 3)]))
     with pytest.raises(WireError, match="a message holds"):
-        Relay(relay._drafting, announced(engine, [], max_rows=2**31), HIDDEN, torch.float32, relayed.vocab_size)
+        Relay(relay._drafting, announced(engine, [], max_rows=2**31), HIDDEN, relayed.vocab_size)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ ROWS = st.lists(
 def steps(draw: st.DrawFn) -> Step:
     rows = draw(ROWS)
     width = draw(st.integers(0, 4))
-    dtype = draw(st.sampled_from(wire.DTYPES))
+    dtype = draw(st.sampled_from(wire.ROW_DTYPES))
     return Step(
         draft_version=draw(U64),
         epoch=draw(U64),
@@ -72,7 +72,7 @@ def test_a_step_survives_the_wire(step: Step) -> None:
     np.testing.assert_array_equal(read.finished, step.finished)
     np.testing.assert_array_equal(read.page_hashes, step.page_hashes)
     assert read.features.dtype == step.features.dtype
-    assert torch.equal(read.features, step.features)
+    assert torch.equal(read.features.float(), step.features.float())
 
 
 @given(steps(), st.data())
@@ -202,6 +202,7 @@ def announcements(draw: st.DrawFn) -> Announcement:
         longest=draw(st.integers(0, 40)),
         max_requests=most,
         max_rows=draw(st.integers(40, 2**32 - 1)),
+        dtype=draw(st.sampled_from(wire.ROW_DTYPES)),
     )
 
 
@@ -210,6 +211,22 @@ def test_an_announcement_survives_the_wire(announcement: Announcement) -> None:
     read = decode_announcement(joined(encode_announcement(announcement)))
     for name in Announcement.__dataclass_fields__:
         np.testing.assert_array_equal(getattr(read, name), getattr(announcement, name))
+
+
+def test_rows_in_eight_bits_are_bounded_and_close() -> None:
+    rows = torch.tensor([[1.0, -0.06, 3.3, 1e4, -1e4, 0.0]])
+    narrow = wire.as_rows(rows, wire.EIGHT_BIT)
+    assert narrow.dtype is wire.EIGHT_BIT
+    assert narrow.float().tolist() == [[1.0, pytest.approx(-0.06, rel=0.0625), 3.25, 448.0, -448.0, 0.0]]
+    assert wire.as_rows(narrow, wire.EIGHT_BIT) is narrow
+    assert wire.as_rows(rows, torch.float32) is rows
+
+
+def test_weights_do_not_come_in_eight_bits() -> None:
+    code = wire.ROW_DTYPES.index(wire.EIGHT_BIT)
+    assert wire.dtype_of(code) is wire.EIGHT_BIT
+    with pytest.raises(WireError, match="element type"):
+        wire.dtype_of(code, wire.DTYPES)
 
 
 @given(announcements(), st.data())
@@ -292,6 +309,7 @@ def of_two_requests(number: int, longest: int) -> Announcement:
         longest=longest,
         max_requests=2,
         max_rows=8,
+        dtype=torch.float32,
     )
 
 
@@ -301,6 +319,8 @@ def of_two_requests(number: int, longest: int) -> Announcement:
 def test_an_announcement_of_the_impossible_is_refused(changes: dict[str, int]) -> None:
     sizes = {"num_speculative_tokens": 3, "longest": 0, "max_requests": 1, "max_rows": 8}
     none = np.empty(0, dtype=np.uint64)
-    announcement = Announcement(number=1, draft_version=1, **(sizes | changes), requests=none, finished=none)
+    announcement = Announcement(
+        number=1, draft_version=1, **(sizes | changes), requests=none, finished=none, dtype=torch.float32
+    )
     with pytest.raises(WireError, match="an ANNOUNCE message of"):
         decode_announcement(joined(encode_announcement(announcement)))

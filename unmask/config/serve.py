@@ -42,6 +42,9 @@ class ServeConfig:
     the target is on a GPU, which stands still meanwhile."""
     draft_retry_s: float = 1.0
     """How long the breaker stays open after a failure before the draft is tried again."""
+    eight_bit_rows: bool = False
+    """Let the target's features travel to the draft as float8: half the bytes of bfloat16, for slow networks between
+    target and draft; the draft sees them a little less precisely. Needs a target on a GPU."""
     draft_memory_mb: int = 256
     """Bound of the draft's context cache."""
     max_target_replicas: int | None = None
@@ -120,6 +123,11 @@ class ServeConfig:
         for name in ("target_cpus", "draft_cpus", "target_gpus", "draft_gpus"):
             require(getattr(self, name) >= 0, f"serve.{name}", "must not be negative")
         require(self.draft_limit_ms > 0, "serve.draft_timeout_ms", "must be positive")
+        require(
+            not self.eight_bit_rows or self.target_gpus > 0,
+            "serve.eight_bit_rows",
+            "needs a target on a GPU; set serve.target_gpus, or leave it out",
+        )
         for name in ("draft_retry_s", "capture_flush_s", "stall_timeout_s"):
             require(getattr(self, name) > 0, f"serve.{name}", "must be positive")
         require(

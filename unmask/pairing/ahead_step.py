@@ -13,6 +13,7 @@ from unmask.pairing.mailbox import Control
 from unmask.pairing.mailbox_words import signed
 from unmask.pairing.page_tables import Key
 from unmask.pairing.stream_end import SeenStep, StreamEnd
+from unmask.pairing.wire import EIGHT_BIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,8 @@ class AheadStep:
         num_requests, k = len(control.requests), control.num_speculative_tokens
         keys = [(session, request) for request in control.requests.tolist()]
         is_plain = (
-            (layout.dtype, layout.width) == (cache.keys.dtype, config.hidden_size)
+            layout.dtype in (cache.keys.dtype, EIGHT_BIT)
+            and layout.width == config.hidden_size
             and 0 < k < config.block_size
             and control.longest > 0
             and control.num_hashes is None

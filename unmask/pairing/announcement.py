@@ -8,14 +8,15 @@ import struct
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from unmask.errors import WireError
 from unmask.pairing.mailbox_words import STEP_MASK, signed
-from unmask.pairing.wire import MAX_ROWS, MAX_SPECULATIVE_TOKENS, Buffer
+from unmask.pairing.wire import MAX_ROWS, MAX_SPECULATIVE_TOKENS, ROW_DTYPES, Buffer, dtype_of
 
 ROW_BYTES = 16
 """A row of a mailbox: int32 start, number of features, last token (negative: no proposal wanted), and a tag."""
-_ANNOUNCE = struct.Struct("<Q6IH2x")
+_ANNOUNCE = struct.Struct("<Q6IHBx")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,7 @@ class Announcement:
         finished: uint64 numbers of requests that the draft may forget.
         longest: most feature rows that a request can have.
         max_requests, max_rows: of any step of this worker.
+        dtype: element type of its feature rows.
     """
 
     number: int
@@ -40,6 +42,7 @@ class Announcement:
     longest: int
     max_requests: int
     max_rows: int
+    dtype: torch.dtype
 
 
 def encode_announcement(announcement: Announcement) -> list[Buffer]:
@@ -53,6 +56,7 @@ def encode_announcement(announcement: Announcement) -> list[Buffer]:
         announcement.max_rows,
         announcement.number,
         announcement.num_speculative_tokens,
+        ROW_DTYPES.index(announcement.dtype),
     )
     return [header, *(numbers.astype("<u8").tobytes() for numbers in (announcement.requests, announcement.finished))]
 
@@ -61,7 +65,7 @@ def decode_announcement(payload: Buffer) -> Announcement:
     """Read an ANNOUNCE payload. Raises WireError."""
     if len(payload) < _ANNOUNCE.size:
         raise WireError("an ANNOUNCE message is cut short")
-    version, num_rows, num_finished, longest, max_requests, max_rows, number, k = _ANNOUNCE.unpack_from(payload)
+    version, num_rows, num_finished, longest, max_requests, max_rows, number, k, code = _ANNOUNCE.unpack_from(payload)
     if len(payload) != _ANNOUNCE.size + 8 * (num_rows + num_finished):
         raise WireError("the size of an ANNOUNCE message does not match its fields")
     is_possible = 1 <= max_requests <= MAX_ROWS and num_rows <= max_requests and max(longest, 1) <= max_rows
@@ -79,6 +83,7 @@ def decode_announcement(payload: Buffer) -> Announcement:
         longest=longest,
         max_requests=max_requests,
         max_rows=max_rows,
+        dtype=dtype_of(code),
     )
 
 

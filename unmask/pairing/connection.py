@@ -20,6 +20,7 @@ from unmask.pairing.link_file import LinkConfig
 from unmask.pairing.mailbox import Control
 from unmask.pairing.polling import Attention
 from unmask.pairing.wire import (
+    EIGHT_BIT,
     MAX_MESSAGE_BYTES,
     NO_HASHES,
     Kind,
@@ -120,7 +121,7 @@ class DraftConnection:
             number=self._steps,
             num_speculative_tokens=k,
             rows=rows,
-            features=context.to("cpu", self.hello.projection.fc.dtype),
+            features=context.to("cpu", EIGHT_BIT if context.dtype is EIGHT_BIT else self.hello.projection.fc.dtype),
             finished=np.array(finished, dtype="<u8"),
             page_hashes=hashes,
             min_chance=min_chance,

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from unmask.pairing.local_drafting import LocalDrafting
 from unmask.pairing.polling import Attention
 from unmask.pairing.relay import Relay
 from unmask.pairing.wire import (
+    EIGHT_BIT,
     MAX_MESSAGE_BYTES,
     ROW,
     Buffer,
@@ -96,6 +98,8 @@ class DraftSession:
 
     def _announce(self, num_bytes: int) -> None:
         self._announced = announced = decode_announcement(self._channel.read(num_bytes))
+        if announced.dtype not in (self._engine.weights.dtype, EIGHT_BIT):
+            raise WireError(f"feature rows in {announced.dtype} for a draft in {self._engine.weights.dtype}")
         if self._may_relay and self._relay is None:
             self._relay = self._new_relay(announced)
             self._may_relay = self._relay is not None
@@ -122,7 +126,7 @@ class DraftSession:
             relay.reply_sent()
 
     def _step(self, num_bytes: int) -> None:
-        self._announced, step = None, decode_step(self._channel.read(num_bytes))
+        self._announced, step = None, self._widened(decode_step(self._channel.read(num_bytes)))
         self._engine.check(step)
         if self._relay is None:
             self._submit(step, _as_proposals)
@@ -174,15 +178,15 @@ class DraftSession:
         weights, hello = self._engine.weights, self._engine.hello
         drafting = LocalDrafting(self._engine, self._batcher, self._new_number, self._number)
         try:
-            return Relay(drafting, announcement, weights.shape[0], weights.dtype, hello.vocab_size)
+            return Relay(drafting, announcement, weights.shape[0], hello.vocab_size)
         except (OSError, UserError) as error:
             logger.warning("announced steps are not queued ahead: %s", error)
             return None
 
     def _step_of(self, announced: Announcement, payload: memoryview) -> Step:
         """An announced step and its rows as one. Raises WireError."""
-        weights, num_requests = self._engine.weights, len(announced.requests)
-        num_features = num_feature_rows(len(payload), num_requests, weights.shape[0] * weights.dtype.itemsize)
+        width, num_requests = self._engine.weights.shape[0], len(announced.requests)
+        num_features = num_feature_rows(len(payload), num_requests, width * announced.dtype.itemsize)
         laid = np.frombuffer(payload, dtype="<i4", count=4 * num_requests).reshape(-1, 4)
         laid_bytes = payload[: ROW_BYTES * num_requests]
         check_rows(laid_bytes, num_features, announced, self._engine.hello.vocab_size)
@@ -190,15 +194,22 @@ class DraftSession:
         rows["request"] = announced.requests
         rows["start"], rows["num_features"], rows["last_token"] = laid[:, 0], laid[:, 1], laid[:, 2]
         self._steps += 1
-        return Step(
+        step = Step(
             draft_version=announced.draft_version,
             epoch=0,
             number=self._steps,
             num_speculative_tokens=announced.num_speculative_tokens,
             rows=rows,
-            features=read_tensor(payload, weights.dtype, (num_features, weights.shape[0]), ROW_BYTES * num_requests),
+            features=read_tensor(payload, announced.dtype, (num_features, width), ROW_BYTES * num_requests),
             finished=announced.finished,
         )
+        return self._widened(step)
+
+    def _widened(self, step: Step) -> Step:
+        """A step whose rows came in eight bits, in the draft's own element type."""
+        if step.features.dtype is not EIGHT_BIT:
+            return step
+        return replace(step, features=step.features.to(self._engine.weights.dtype))
 
 
 def last_word(channel: Channel, kind: Kind, parts: Sequence[Buffer]) -> None:

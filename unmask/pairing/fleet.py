@@ -135,7 +135,9 @@ class DraftFleet:
             if len(mine) < len(rows):
                 picked = [np.arange(ends[i] - rows[i].num_features, ends[i]) for i in shares[home]]
                 index = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *picked]))
-                own = features.index_select(0, index.to(features.device))
+                # As bytes, since not every operation knows every element type.
+                rows_of_bytes = features.contiguous().view(torch.uint8)
+                own = rows_of_bytes.index_select(0, index.to(features.device)).view(features.dtype)
             return self.links[home].propose(mine, own, ended.get(home, ()), k, version, min_chance)
 
         proposals: list[list[int]] = [[] for _ in rows]

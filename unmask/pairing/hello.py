@@ -126,7 +126,7 @@ def decode_hello(payload: Buffer) -> Hello:
     if len(payload) < _HELLO.size:
         raise WireError("a HELLO message is cut short")
     version, digest, eps, vocab_size, hidden, num_layers, block_size, code, flags = _HELLO.unpack_from(payload)
-    dtype = dtype_of(code)
+    dtype = dtype_of(code, DTYPES)
     if flags > 1 or not (1 <= num_layers <= _MAX_LAYERS and 1 <= hidden <= _MAX_WIDTH and block_size >= 2 and eps > 0):
         raise WireError("a HELLO message with impossible sizes")
     fc_at = _HELLO.size + 2 * num_layers

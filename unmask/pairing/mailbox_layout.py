@@ -9,7 +9,7 @@ import torch
 
 from unmask.errors import WireError
 from unmask.pairing.mailbox_words import MAGIC, PAGE
-from unmask.pairing.wire import DTYPES, MAX_SPECULATIVE_TOKENS, dtype_of
+from unmask.pairing.wire import MAX_SPECULATIVE_TOKENS, ROW_DTYPES, dtype_of
 
 DEPTH = 8
 """Control entries; a target that is further ahead of the replies does not ask."""
@@ -76,7 +76,7 @@ class Layout:
 
     def pack(self) -> bytes:
         """The header."""
-        sizes = (self.max_requests, self.max_rows, self.width, DTYPES.index(self.dtype), self.max_k, DEPTH)
+        sizes = (self.max_requests, self.max_rows, self.width, ROW_DTYPES.index(self.dtype), self.max_k, DEPTH)
         return HEADER.pack(MAGIC, *sizes)
 
     @classmethod

@@ -21,6 +21,7 @@ from unmask.pairing.packed_rows import StepTensors, pack_rows
 from unmask.pairing.request_numbers import RequestNumbers
 from unmask.pairing.side_copies import copied_beside
 from unmask.pairing.stream_words import StreamWords
+from unmask.pairing.wire import as_rows
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ class MailboxTarget:
         num_tokens = len(step.positions)
         features = offer.projection(torch.cat([h[:num_tokens] for h in states], dim=-1))
         mark("features")
-        self._pack(step, features.to(self._mailbox.layout.dtype), number, longest)
+        self._pack(step, as_rows(features, self._mailbox.layout.dtype), number, longest)
         self._words.write(DOORBELL, number)
         mark("sent")
         if not wanted:
@@ -164,7 +165,7 @@ class MailboxTarget:
         """Compile what a step launches, on tensors like its own: the first step would hold the GPU meanwhile. Rows that
         nobody waits for are overwritten."""
         layout = self._mailbox.layout
-        features = torch.zeros(len(step.positions), layout.width, dtype=layout.dtype, device=step.positions.device)
+        features = torch.empty(len(step.positions), layout.width, dtype=layout.dtype, device=step.positions.device)
         self._pack(step, features, self._step, 1)
 
     def _pack(self, step: StepTensors, features: Tensor, number: int, longest: int) -> None:

@@ -10,8 +10,14 @@ from torch import Tensor
 from unmask.pairing.mailbox import Mailbox
 from unmask.pairing.mailbox_words import signed
 from unmask.pairing.packed_rows import StepTensors
+from unmask.pairing.wire import EIGHT_BIT
 
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    EIGHT_BIT: tl.float8e4nv,
+}
 
 
 # Values that differ from step to step must not be compiled into a kernel of their own.

@@ -12,7 +12,6 @@ import uuid
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from unmask.errors import WireError
 from unmask.files import private_folder
@@ -24,7 +23,7 @@ from unmask.pairing.mailbox_layout import MAX_HASHES, Layout
 from unmask.pairing.mailbox_reader import MailboxService
 from unmask.pairing.mailbox_words import BEGUN, CONTROL, DOORBELL, REPLY, STEP_MASK, TAKEN, is_reached, signed
 from unmask.pairing.polling import SHORT_REST_S, Attention, sharpen_timer
-from unmask.pairing.wire import MAX_MESSAGE_BYTES, MAX_SPECULATIVE_TOKENS, Proposals, Step
+from unmask.pairing.wire import MAX_MESSAGE_BYTES, MAX_SPECULATIVE_TOKENS, Proposals, Step, as_rows
 
 _LIMIT_S = 30.0
 _SERVICE_REST_S = 2e-4
@@ -38,7 +37,7 @@ class Relay:
     Args:
         drafting: what answers them, in the session of the connection; closed with the relay.
         announcement: the first.
-        width, dtype: of feature rows.
+        width: of feature rows.
         vocab_size: of the tokens.
 
     Raises:
@@ -46,14 +45,12 @@ class Relay:
         OSError: no room in shared memory.
     """
 
-    def __init__(
-        self, drafting: LocalDrafting, announcement: Announcement, width: int, dtype: torch.dtype, vocab_size: int
-    ) -> None:
+    def __init__(self, drafting: LocalDrafting, announcement: Announcement, width: int, vocab_size: int) -> None:
         self._layout = Layout(
             max_requests=announcement.max_requests,
             max_rows=announcement.max_rows,
             width=width,
-            dtype=dtype,
+            dtype=announcement.dtype,
             max_k=MAX_SPECULATIVE_TOKENS,
         )
         if self._layout.num_bytes > MAX_MESSAGE_BYTES:
@@ -88,8 +85,8 @@ class Relay:
         self._post(announcement)
 
     def _post(self, announcement: Announcement, step: Step | None = None) -> None:
-        if len(announcement.requests) > self._layout.max_requests:
-            raise WireError("more requests than were announced")
+        if len(announcement.requests) > self._layout.max_requests or announcement.dtype is not self._layout.dtype:
+            raise WireError("more requests or other rows than were announced")
         told = {}
         if step is not None and 0 < len(step.page_hashes) <= MAX_HASHES:
             told = {"num_hashes": step.rows["num_hashes"], "page_hashes": step.page_hashes}
@@ -161,7 +158,7 @@ class Relay:
         for column, name in enumerate(("start", "num_features", "last_token")):
             box.rows[:num_rows, column] = step.rows[name]
         box.rows[:num_rows, 3] = signed(number)
-        box.features[: len(step.features)].copy_(step.features)
+        box.features[: len(step.features)].copy_(as_rows(step.features, self._layout.dtype))
         words = self._ring(num_rows, step.num_speculative_tokens)
         valid = np.logical_and.accumulate(words >> 32 == signed(number), axis=1)
         return Proposals(
@@ -197,6 +194,7 @@ class Relay:
             longest=int(step.rows["num_features"].max(initial=0)),
             max_requests=self._layout.max_requests,
             max_rows=self._layout.max_rows,
+            dtype=self._layout.dtype,
         )
 
     def _let_go(self) -> None:

@@ -32,6 +32,7 @@ from unmask.pairing.mailbox_words import OFFERED
 from unmask.pairing.polling import Attention
 from unmask.pairing.status import LinkStatus, read_status
 from unmask.pairing.step_watch import Watch
+from unmask.pairing.wire import EIGHT_BIT
 from unmask.pairing.wire_end import WireEnd
 
 
@@ -111,8 +112,11 @@ class Sidecar:
     def ahead(self, control: Control, finished: Sequence[int], watch: Watch) -> bool:
         """See `Proposer.ahead`: what is sent must have been written, but a draft on a GPU can be told of it."""
         hello = self.fleet.hello
-        if control.num_hashes is not None or hello is None or hello.projection.fc.dtype != self._layout.dtype:
-            # Requests that begin: their rows have to be there first. Others are sent as they lie.
+        if hello is None or control.num_hashes is not None:
+            # Requests that begin: their rows have to be there first.
+            return False
+        if self._layout.dtype not in (hello.projection.fc.dtype, EIGHT_BIT):
+            # They are sent as they lie.
             return False
         k = self.fleet.announce(
             Announcement(
@@ -124,6 +128,7 @@ class Sidecar:
                 longest=control.longest,
                 max_requests=self._layout.max_requests,
                 max_rows=self._layout.max_rows,
+                dtype=self._layout.dtype,
             )
         )
         if not k:

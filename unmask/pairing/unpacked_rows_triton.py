@@ -10,8 +10,14 @@ from torch import Tensor
 from unmask.pairing.mailbox import Mailbox
 from unmask.pairing.mailbox_words import BEGUN, REPLY, signed
 from unmask.pairing.unpacked_rows import PAGES, Destination
+from unmask.pairing.wire import EIGHT_BIT
 
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    EIGHT_BIT: tl.float8e4nv,
+}
 _PADDING = 128
 
 
@@ -74,7 +80,7 @@ def _unpack(
             inside = columns < WIDTH
             at = (first + row).to(tl.int64) * WIDTH + columns
             values = tl.load(features_address.to(tl.pointer_type(TYPE)) + at, mask=inside)
-            tl.store(rows + at, values, mask=inside)
+            tl.store(rows + at, values.to(rows.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows_address", "seen_address", "tag", "requests", "longest"])
@@ -149,7 +155,7 @@ def unpack_rows_on_gpu(
 
     Args:
         address: of the mailbox's first byte, as the device sees it.
-        into: device tensors; `rows` in the mailbox's element type.
+        into: device tensors; `rows` in the mailbox's element type, or any if the mailbox's is `EIGHT_BIT`.
         seen: pinned.
     """
     layout, tag = mailbox.layout, signed(number)

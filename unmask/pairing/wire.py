@@ -22,14 +22,19 @@ from torch import Tensor
 from unmask.errors import WireError
 from unmask.types import ProposalRow
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 MAX_MESSAGE_BYTES = 512 * 2**20
 """No frame is larger, except the draft's HELLO, whose size the target computes beforehand."""
 MAX_ROWS = 8192
 MAX_SPECULATIVE_TOKENS = 255
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Element types of feature rows and projection weights; the index is the code on the wire."""
+"""Element types of projection weights; the index is the code on the wire."""
+EIGHT_BIT = torch.float8_e4m3fn
+"""In which feature rows may travel. They come from a norm: its range is not too small for them, and a scale of each row
+would make them no more precise."""
+ROW_DTYPES = (*DTYPES, EIGHT_BIT)
+"""Element types of feature rows, with the same codes."""
 
 ROW = np.dtype(
     [("request", "<u8"), ("start", "<u4"), ("num_features", "<u4"), ("last_token", "<i4"), ("num_hashes", "<u4")]
@@ -164,11 +169,19 @@ def read_tensor(payload: Buffer, dtype: torch.dtype, shape: tuple[int, ...], off
     return torch.frombuffer(payload, dtype=dtype, count=count, offset=offset).view(shape)
 
 
-def dtype_of(code: int) -> torch.dtype:
+def dtype_of(code: int, known: Sequence[torch.dtype] = ROW_DTYPES) -> torch.dtype:
     """Element type of a wire code. Raises WireError."""
-    if code >= len(DTYPES):
+    if code >= len(known):
         raise WireError(f"unknown element type {code}")
-    return DTYPES[code]
+    return known[code]
+
+
+def as_rows(features: Tensor, dtype: torch.dtype) -> Tensor:
+    """Feature rows in another element type; beyond the range of `EIGHT_BIT` lies its largest value, and not NaN."""
+    if dtype is EIGHT_BIT and features.dtype is not EIGHT_BIT:
+        most = torch.finfo(EIGHT_BIT).max
+        features = features.clamp(-most, most)
+    return features.to(dtype)
 
 
 def encode_step(step: Step) -> list[Buffer]:
@@ -186,7 +199,7 @@ def encode_step(step: Step) -> list[Buffer]:
         len(step.finished),
         features.shape[1],
         step.num_speculative_tokens,
-        DTYPES.index(features.dtype),
+        ROW_DTYPES.index(features.dtype),
         0,
         round(step.min_chance * _CHANCES),
     )
