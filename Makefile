@@ -42,7 +42,7 @@ test-all:
 	@$(MAKE) test CHOSEN="not gpu"
 	$(PY) -m tests.fault.report --check
 
-# Writes docs/reliability.md from what the fault tests last measured.
+# Writes docs/reliability.md, and its raw figures, from what the fault tests last measured.
 reliability:
 	$(PY) -m tests.fault.report
 
