@@ -27,7 +27,7 @@ from unmask.provenance import check_same_run, write_run
 from unmask.recipe import to_tree
 from unmask.staged_prompts import stage_prompts
 from unmask.targets import describe_target, resolve_target
-from unmask.teachers import WRITER, check_teacher, read_writer, with_teacher
+from unmask.teachers import WRITER, check_teacher, check_writer, with_teacher
 from unmask.trajectories import inspect_shard
 from unmask.types import TargetRecord
 
@@ -81,11 +81,7 @@ def generate(
     teacher = resolve_target(recipe.target.model, recipe.target.revision)
     check_teacher(teacher, recipe.generate.decoder)
     record = describe_target(teacher)
-    if read_writer(directory) not in (None, asdict(record)):
-        raise UserError(
-            f"is another model now than when '{directory}' was started; use another run_dir, or --fresh to start over",
-            field="target.model",
-        )
+    check_writer(directory, record)
     write_run(directory, tree)
     write_json(directory / WRITER, asdict(record))
     staged = stage_prompts(

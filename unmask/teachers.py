@@ -19,23 +19,19 @@ WRITER = "teacher.json"
 """In a folder of trajectories: the record of the model that writes them."""
 
 
-def read_writer(trajectories: Path) -> dict[str, Any] | None:
-    """Fields of the `TargetRecord` of the model that wrote a folder of trajectories; None if none is kept there."""
-    path = trajectories / WRITER
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
 def check_writer(trajectories: Path, record: TargetRecord) -> None:
-    """Refuse a model that is to learn from what another one wrote: the same name may stand for other weights by now.
+    """Refuse a model that is to add to, or learn from, what another one wrote: the same name may stand for other
+    weights by now. A folder without a record may be anybody's.
 
     Raises:
         ConfigError: naming the first field in which the two differ.
     """
-    wrote, now = read_writer(trajectories) or {}, asdict(record)
+    path, now = trajectories / WRITER, asdict(record)
+    wrote = json.loads(path.read_text()) if path.is_file() else {}
     if differing := next((name for name in wrote if wrote[name] != now.get(name)), None):
         raise ConfigError(
-            f"is not the model that wrote '{trajectories}' (another {differing}); name that one, or generate anew with "
-            "this one",
+            f"is not the model that wrote '{trajectories}' (another {differing}); "
+            "name that one, use another run_dir, or generate anew with --fresh",
             field="target.model",
         )
 

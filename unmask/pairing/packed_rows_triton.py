@@ -12,12 +12,13 @@ from unmask.pairing.mailbox_words import signed
 from unmask.pairing.packed_rows import StepTensors
 from unmask.pairing.wire import EIGHT_BIT
 
-_TYPES = {
+TYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     EIGHT_BIT: tl.float8e4nv,
 }
+"""Of feature rows."""
 
 
 # Values that differ from step to step must not be compiled into a kernel of their own.
@@ -96,6 +97,6 @@ def pack_rows_on_gpu(
         WIDTH=layout.width,
         BLOCK=triton.next_power_of_2(layout.width),
         REQUESTS=triton.next_power_of_2(layout.max_requests),
-        TYPE=_TYPES[layout.dtype],
+        TYPE=TYPES[layout.dtype],
         num_warps=8,
     )

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 import triton  # pyrefly: ignore[missing-import]
 import triton.language as tl  # pyrefly: ignore[missing-import]
 from torch import Tensor
 
 from unmask.pairing.mailbox import Mailbox
 from unmask.pairing.mailbox_words import BEGUN, REPLY, signed
+from unmask.pairing.packed_rows_triton import TYPES
 from unmask.pairing.unpacked_rows import PAGES, Destination
-from unmask.pairing.wire import EIGHT_BIT
 
-_TYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    EIGHT_BIT: tl.float8e4nv,
-}
 _PADDING = 128
 
 
@@ -181,7 +174,7 @@ def unpack_rows_on_gpu(
         PAGE=into.page_size,
         FIRST_PAGE=PAGES,
         PADDING=_PADDING,
-        TYPE=_TYPES[layout.dtype],
+        TYPE=TYPES[layout.dtype],
         num_warps=8,
     )
     _settle[(1,)](
