@@ -62,14 +62,17 @@ ABLATIONS: list[tuple[str, dict[str, Any]]] = [
 """The table, most telling lines first; equal tokens."""
 PUBLISHED: dict[str, Any] = {"weighting": "decay", "loss": "ce"}
 """What the lines of the table change."""
-OPTIMIZERS: list[tuple[Literal["adamw", "muon"], float, str, int, int]] = [
+OPTIMIZERS: list[tuple[Literal["adamw", "muon"], float, str, int, int | None]] = [
     ("muon", 1.5e-3, "target", 2048, 1), ("muon", 3e-3, "target", 2048, 1), ("muon", 6e-3, "target", 2048, 1),
+    ("muon", 1.2e-2, "target", 2048, 1),
     ("muon", 3e-3, "random", 2048, 1), ("adamw", 3e-3, "target", 2048, 1),
     ("muon", 3e-3, "target", 4096, 1), ("muon", 6e-3, "target", 4096, 1), ("adamw", 1.5e-3, "target", 4096, 1),
     ("adamw", 1.5e-3, "target", 2048, 4), ("muon", 1.5e-3, "target", 2048, 4), ("muon", 3e-3, "target", 2048, 4),
-    ("muon", 6e-3, "target", 2048, 4), ("muon", 3e-3, "random", 2048, 4), ("muon", 6e-3, "target", 4096, 4),
+    ("muon", 6e-3, "target", 2048, 4), ("muon", 1.2e-2, "target", 2048, 4), ("muon", 3e-3, "random", 2048, 4),
+    ("muon", 6e-3, "target", 4096, 4), ("adamw", 1.5e-3, "target", 2048, None),
 ]  # fmt: skip
-"""With their highest rate, the weights to start from, anchors a step, and for how many times the steps of `equal`."""
+"""With their highest rate, the weights to start from, anchors a step, and for how many times the steps of `equal`; None
+is the time of the main training."""
 SECOND = ("more of the same", "temperature 1", "temperature 1, rejected anchors first")
 """Second stages from the main draft, equal tokens: the first is what the others have to beat."""
 
@@ -169,9 +172,13 @@ def optimizer(bench: Benchmark, line: int) -> Outcome:
     name, rate, start, anchors, times = OPTIMIZERS[line]
     config = replace(bench.scale.config, optimizer=name, learning_rate=rate, anchors_per_step=anchors)
     trainer = bench.trainer(config, bench.features(), bench.new_draft(config.seed, start))
-    steps = times * bench.scale.comparison_steps
-    run = bench.run(trainer, steps=steps)
-    recipe = f"main by {name} at {rate:g}, {steps} steps" + (f", {start} start" if start == "random" else "")
+    budget = f"{bench.scale.main_seconds:g} s"
+    if times is None:
+        run = bench.run(trainer, seconds=bench.scale.main_seconds)
+    else:
+        steps = times * bench.scale.comparison_steps
+        run, budget = bench.run(trainer, steps=steps), f"{steps} steps"
+    recipe = f"main by {name} at {rate:g}, {budget}" + (f", {start} start" if start == "random" else "")
     recipe += "" if anchors == bench.scale.config.anchors_per_step else f", {anchors} anchors"
     return bench.measure(trainer.average, "ours", recipe, config, run), {"run": run}
 
@@ -230,8 +237,9 @@ def cases() -> dict[str, Callable[[Benchmark], Outcome]]:
         },
         "more": more,
         **{
-            f"optimizer-{name}-{rate:g}-{start}-{anchors}-x{times}": partial(optimizer, line=line)
+            f"optimizer-{name}-{rate:g}-{start}-{anchors}-{budget}": partial(optimizer, line=line)
             for line, (name, rate, start, anchors, times) in enumerate(OPTIMIZERS)
+            for budget in [f"x{times}" if times else "main"]
         },
         "main": main_training, "real": real_loop, "published": partial(main_training, name="published"),
         "speculators": speculators, "reference": reference, "equal": equal, "ngrams": ngrams,
