@@ -35,22 +35,26 @@ def cases(tiny: bool) -> dict[str, tuple[str, DistillConfig]]:
     """Shape and training section of each comparison; `rows_per_step` counts the rows of all ranks."""
     if tiny:
         small = DistillConfig(
-            max_steps=100, loss="ce", tokens_per_step=256, anchors_per_step=128, head_negatives=None,
+            max_steps=100, loss="ce", optimizer="adamw", tokens_per_step=256, anchors_per_step=128, head_negatives=None,
             precision="float32", rows_per_step=2,
         )  # fmt: skip
-        return {"losses": ("tiny", small), "tiny, 2 rows": ("tiny", small)}
+        by_muon = replace(small, optimizer="muon")
+        return {"losses": ("tiny", small), "losses, muon": ("tiny", by_muon), "tiny, 2 rows": ("tiny", small)}
     plain = DistillConfig(
-        max_steps=100, loss="ce", tokens_per_step=4096, anchors_per_step=512, head_negatives=None, precision="float32",
-        rows_per_step=2,
+        max_steps=100, loss="ce", optimizer="adamw", tokens_per_step=4096, anchors_per_step=512, head_negatives=None,
+        precision="float32", rows_per_step=2,
     )  # fmt: skip
     recorded = replace(plain, use_gpu=True, cuda_graph=True)
     fast = replace(recorded, tokens_per_step=16384, anchors_per_step=2048, precision="bfloat16", compile=True)
     large = replace(fast, tokens_per_step=8192, anchors_per_step=512)
-    speed = {"smollm2-135m": (fast, (2, 16)), "qwen3-8b": (large, (8,))}
-    return {"losses": ("smollm2-135m", plain), "losses, recorded": ("smollm2-135m", recorded)} | {
-        f"{shape}, {rows} rows": (shape, replace(config, rows_per_step=rows))
-        for shape, (config, counts) in speed.items()
-        for rows in counts
+    return {
+        "losses": ("smollm2-135m", plain),
+        "losses, recorded": ("smollm2-135m", recorded),
+        "smollm2-135m, 2 rows": ("smollm2-135m", fast),
+        "smollm2-135m, 16 rows": ("smollm2-135m", replace(fast, rows_per_step=16)),
+        "smollm2-135m, 16 rows, muon": ("smollm2-135m", replace(fast, rows_per_step=16, optimizer="muon")),
+        "qwen3-8b, 8 rows": ("qwen3-8b", replace(large, rows_per_step=8)),
+        "qwen3-8b, 8 rows, muon": ("qwen3-8b", replace(large, rows_per_step=8, optimizer="muon")),
     }
 
 

@@ -39,8 +39,8 @@ def full_scale() -> Scale:
     """One H100 or better: minutes for the main training, seconds for the others, half an hour in all."""
     memory_gb = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 80.0
     config = DistillConfig(
-        max_steps=None, max_seconds=600, tokens_per_step=16384, anchors_per_step=2048, learning_rate=1.5e-3,
-        schedule="cosine", warmup_fraction=0.04, ema=0.998, head_negatives=None, precision="bfloat16", compile=True,
+        max_steps=None, max_seconds=600, tokens_per_step=16384, anchors_per_step=2048, schedule="cosine",
+        warmup_fraction=0.04, ema=0.998, head_negatives=None, precision="bfloat16", compile=True,
         feature_cache_gb=0.6 * memory_gb, feature_cache_device="training", use_gpu=True, cuda_graph=True,
     )  # fmt: skip
     return Scale(

@@ -189,7 +189,7 @@ def main() -> None:
     for name in ["tiny"] if args.tiny else args.shapes:
         large = name == "qwen3-8b"
         config = DistillConfig(
-            max_steps=100, loss="ce", tokens_per_step=256 if args.tiny else 8192 if large else 16384,
+            max_steps=100, loss="ce", optimizer="adamw", tokens_per_step=256 if args.tiny else 8192 if large else 16384,
             anchors_per_step=128 if args.tiny else 512 if large else 2048, head_negatives=None,
             precision="float32" if args.tiny else "bfloat16", compile=not (args.tiny or args.no_compile),
             use_gpu=device == "cuda", cuda_graph=device == "cuda" and not args.no_graph,

@@ -17,7 +17,7 @@ from transformers import Qwen3Config
 
 from unmask.models.dflash import DFlashConfig, DFlashDraft
 from unmask.training.feature_cache import FeatureCache
-from unmask.training.rates import learning_rate
+from unmask.training.rates import rate_share
 
 
 class SpeculatorsTrainer:
@@ -74,7 +74,7 @@ class SpeculatorsTrainer:
         self.model.verifier_norm = nn.Identity()
         self.model.to(self.target.device)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizers = build_optimizers(self.model, _muon(config.learning_rate))
+        self.optimizers = build_optimizers(self.model, _muon(config.highest_rate))
         self.loss = resolve_loss_config("ce", "fused" if cuda else "eager")
         # Inside of a graph torch 2.11's compiler fails on the kernel's list of configurations ("already tracked for
         # mutation"); between two graphs it runs as it is.
@@ -85,7 +85,7 @@ class SpeculatorsTrainer:
         """One optimiser step; `loss` stays on the device."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(self.config, progress)
+                group["lr"] = self.config.highest_rate * rate_share(self.config, progress)
         batch = self.sequences.batch(self.sequences.rows(self.steps_done))
         documents = torch.full_like(batch.ids_BT, -1)
         start = 0

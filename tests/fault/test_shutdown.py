@@ -104,7 +104,8 @@ def test_sigterm_drains(target_dir: Path, tmp_path: Path) -> None:
     )
     assert service.stdout
     assert service.stdout.readline().startswith("serving"), "it did not start"
-    load = Load(clients=8, requests=1, stream=True, fields={"max_tokens": 600})
+    # Some seconds of text: after 20 s of grace streams are cut, and slow machines make 15 tokens a second of each.
+    load = Load(clients=8, requests=1, stream=True, fields={"max_tokens": 120})
     running = start(f"http://127.0.0.1:{port}", load)
     wait_until(lambda: httpx.get(f"http://127.0.0.1:{port}/metrics").text.count("unmask_requests_running 8.0"), 60)
     signalled = time.monotonic()

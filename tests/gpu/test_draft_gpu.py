@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 CONFIG = DistillConfig(
     max_steps=10, max_seconds=None, precision="float32", anchors_per_sequence=4, head_negatives=None, loss="ce",
-    weighting="decay",
+    weighting="decay", optimizer="adamw",
 )  # fmt: skip
 
 

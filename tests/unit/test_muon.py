@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from unmask.training.muon import Muon, orthogonal
+from unmask.training.muon import Deal, Muon, orthogonal
 
 SHAPES = [(16, 24), (24, 16), (24, 16), (8, 24), (24, 24)]
 
@@ -89,6 +89,16 @@ def test_a_loaded_state_goes_on_bit_for_bit():
         set_gradients(resumed, step)
         again.step()
     assert all(torch.equal(a, b) for a, b in zip(unbroken, resumed, strict=True))
+
+
+@pytest.mark.parametrize(("world_size", "count", "first"), [(1, 3, 0), (2, 5, 0), (3, 7, 4), (4, 2, 3)])
+def test_ranks_have_all_of_what_they_share_out(world_size, count, first):
+    torch.manual_seed(2)
+    matrices = torch.randn(count, 6, 10)
+    made = torch.stack([Deal(rank, world_size).orthogonal(matrices, first) for rank in range(world_size)])
+    by_rank = [[(first + number) % world_size == rank for number in range(count)] for rank in range(world_size)]
+    assert made.flatten(2).any(2).tolist() == by_rank
+    torch.testing.assert_close(made.sum(0), orthogonal(matrices))
 
 
 def test_parameters_without_a_gradient_stay():

@@ -35,6 +35,8 @@ def test_recipe_is_valid_and_comes_back_from_its_own_tree(path):
         (["generate.top_k=many"], "generate.top_k"),
         (["distill.max_seconds=null"], "the run has no end"),
         (["distill.cuda_graph=true"], "distill.cuda_graph: needs use_gpu, tokens_per_step"),
+        (["distill.use_gpu=true", "distill.learning_rate=1e-3"], "distill.optimizer: name it beside learning_rate"),
+        (["distill.learning_rate=0"], "distill.learning_rate: must be positive"),
         (["distill"], "must look like section.field=value"),
         (["run_dir.x=1"], "is a value, not a section"),
     ],
@@ -44,6 +46,21 @@ def test_mistakes_name_the_field_and_the_remedy(overrides, message):
         load_recipe("recipes/demo.yaml", overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "optimizer", "rate"),
+    [
+        ({}, "adamw", 1.5e-3),
+        ({"use_gpu": True}, "muon", 1.2e-2),
+        ({"optimizer": "muon"}, "muon", 1.2e-2),
+        ({"use_gpu": True, "optimizer": "adamw"}, "adamw", 1.5e-3),
+        ({"use_gpu": True, "optimizer": "muon", "learning_rate": 6e-3}, "muon", 6e-3),
+    ],
+)
+def test_an_optimizer_has_a_rate_of_its_own(section, optimizer, rate):
+    config = parse_recipe({"distill": section}).distill
+    assert (config.chosen_optimizer, config.highest_rate) == (optimizer, rate)
 
 
 def test_unreadable_recipes(tmp_path):

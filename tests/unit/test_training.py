@@ -23,7 +23,7 @@ from unmask.training.draft_trainer import DraftTrainer
 from unmask.training.drafting_forward import DraftingForward, training_blocks
 from unmask.training.feature_cache import FeatureCache
 from unmask.training.head import TrainingHead
-from unmask.training.rates import learning_rate
+from unmask.training.rates import rate_share
 from unmask.training.sequences import SequenceSet, TokenSequence
 from unmask.training.step_report import StepReport
 from unmask.training.training_state import resume_state, save_state
@@ -235,10 +235,9 @@ def test_sampled_head_keeps_labels_and_rows_together():
 
 def test_rates_follow_the_schedule():
     flat = dataclasses.replace(CONFIG, warmup_fraction=0.1, decay_fraction=0.5)
-    rates = [learning_rate(flat, p) / flat.learning_rate for p in (0.05, 0.1, 0.5, 0.75, 1.0)]
-    assert rates == pytest.approx([0.5, 1, 1, 0.5, 0])
+    assert [rate_share(flat, p) for p in (0.05, 0.1, 0.5, 0.75, 1.0)] == pytest.approx([0.5, 1, 1, 0.5, 0])
     cosine = dataclasses.replace(CONFIG, schedule="cosine")
-    assert [learning_rate(cosine, p) / cosine.learning_rate for p in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
+    assert [rate_share(cosine, p) for p in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
 
 
 def test_budget_ends_at_the_first_limit():
@@ -353,13 +352,16 @@ def ranks(world, config, folder, steps, averages_gradients):
     return [value for step in steps for value in reported[step]], [norms[step] for step in steps]
 
 
-@pytest.mark.parametrize("averages_gradients", [False, True], ids=["wrapped", "by themselves"])
+@pytest.mark.parametrize(
+    ("averages_gradients", "optimizer"), [(False, "adamw"), (True, "adamw"), (True, "muon")],
+    ids=["wrapped", "by themselves", "by themselves, muon"],
+)  # fmt: skip
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_workers_that_come_and_go_take_the_steps_of_one(packed, averages_gradients, tmp_path):
+def test_workers_that_come_and_go_take_the_steps_of_one(packed, averages_gradients, optimizer, tmp_path):
     """2, then 1, then 2 workers against 1 throughout, with what is drawn at random and what is weighed over rows."""
     config = dataclasses.replace(
         CONFIG, sequences_per_step=4, head_negatives=10, beta=0.5, confidence_weight=0.5, grad_clip=1e9,
-        tokens_per_step=128 if packed else None, anchors_per_step=128,
+        tokens_per_step=128 if packed else None, anchors_per_step=128, optimizer=optimizer,
     )  # fmt: skip
     whole, norms = ranks(1, config, tmp_path / "whole", range(6), averages_gradients)
     parts = [

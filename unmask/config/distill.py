@@ -7,6 +7,8 @@ from typing import Literal
 
 from unmask.config.checks import require, require_labels, require_workers
 
+_BEST_RATES = {"adamw": 1.5e-3, "muon": 1.2e-2}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftConfig:
@@ -32,7 +34,7 @@ class DraftConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillConfig:
-    """Training of the draft. Defaults suit a few CPU minutes; loss and weighting are the best of
+    """Training of the draft. Defaults suit a few CPU minutes; loss, weighting and optimiser are the best of
     `benchmarks.draft_quality`, and `published()` is the paper's recipe."""
 
     max_steps: int | None = None
@@ -65,10 +67,11 @@ class DistillConfig:
     entropy_temperature: float = 0.5
     confidence_weight: float = 0.0
     """Weight of the confidence head's loss (it never reaches the draft); 0 trains none."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """Muon makes the updates of matrices orthogonal, and leaves the rest to AdamW; on a CPU that costs more than the
-    rest of a step."""
-    learning_rate: float = 1.5e-3
+    optimizer: Literal["adamw", "muon"] | None = None
+    """Muon makes the updates of matrices orthogonal, and leaves the rest to AdamW. None is Muon on GPUs and AdamW on
+    CPUs, where that costs more than the rest of a step."""
+    learning_rate: float | None = None
+    """The highest. None is the best of `benchmarks.draft_quality` for the optimiser."""
     schedule: Literal["constant_then_linear", "cosine"] = "constant_then_linear"
     warmup_fraction: float = 0.0
     decay_fraction: float = 0.4
@@ -133,8 +136,14 @@ class DistillConfig:
             require(0 <= getattr(self, name) <= 1, f"distill.{name}", "must be in [0, 1]")
         for name in ("beta", "weight_decay", "feature_cache_gb", "max_failures", "confidence_weight"):
             require(getattr(self, name) >= 0, f"distill.{name}", "must not be negative")
-        for name in ("entropy_temperature", "learning_rate", "grad_clip", "checkpoint_every_s", "cpus_per_worker"):
+        for name in ("entropy_temperature", "grad_clip", "checkpoint_every_s", "cpus_per_worker"):
             require(getattr(self, name) > 0, f"distill.{name}", "must be positive")
+        require(self.learning_rate is None or self.learning_rate > 0, "distill.learning_rate", "must be positive")
+        require(
+            self.learning_rate is None or self.optimizer is not None or not self.use_gpu,
+            "distill.optimizer",
+            "name it beside learning_rate: on GPUs it is muon otherwise, whose best rate is eight times adamw's",
+        )
         require_labels(self.labels, "distill.labels")
         require(0 <= self.ema < 1, "distill.ema", "must be in [0, 1)")
         require(0 <= self.warmup_fraction < 1, "distill.warmup_fraction", "must be in [0, 1)")
@@ -144,6 +153,16 @@ class DistillConfig:
             self.head_negatives is None or self.head_negatives >= 0, "distill.head_negatives", "must not be negative"
         )
 
+    @property
+    def chosen_optimizer(self) -> Literal["adamw", "muon"]:
+        """`optimizer`, or what None stands for."""
+        return self.optimizer or ("muon" if self.use_gpu else "adamw")
+
+    @property
+    def highest_rate(self) -> float:
+        """`learning_rate`, or what None stands for."""
+        return self.learning_rate or _BEST_RATES[self.chosen_optimizer]
+
 
 def published() -> DistillConfig:
     """The training recipe of the DFlash paper (arXiv 2602.06036): 512 anchors, AdamW 6e-4, cosine, whole head."""
@@ -151,6 +170,7 @@ def published() -> DistillConfig:
         anchors_per_sequence=512,
         loss="ce",
         weighting="decay",
+        optimizer="adamw",
         learning_rate=6e-4,
         schedule="cosine",
         warmup_fraction=0.04,

@@ -15,7 +15,7 @@ from unmask.errors import ConfigError
 from unmask.models.transformer import DiffusionLM
 from unmask.training.diffusion_batch import DiffusionBatch, diffusion_batch
 from unmask.training.lora import merged
-from unmask.training.rates import learning_rate
+from unmask.training.rates import rate_share
 from unmask.training.sequences import SequenceSet
 
 C = TypeVar("C", bound=TrainingConfig)
@@ -89,7 +89,7 @@ class DiffusionTrainer(ABC, Generic[C]):
             `loss`, `learning_rate`, `grad_norm` and what the objective reports.
         """
         self.network.train()
-        rate = learning_rate(self.config, progress)
+        rate = self.config.learning_rate * rate_share(self.config, progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         seed = hash((self.config.seed, self.sequences.rank, self.steps_done)) & 0x7FFFFFFF

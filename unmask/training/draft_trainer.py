@@ -26,8 +26,8 @@ from unmask.training.chunked_head import chunked_rows
 from unmask.training.drafting_forward import DraftingForward, TrainingBlocks, training_blocks
 from unmask.training.feature_cache import FeatureCache
 from unmask.training.head import TrainingHead
-from unmask.training.muon import Muon
-from unmask.training.rates import certainty_weight, learning_rate
+from unmask.training.muon import Deal, Muon
+from unmask.training.rates import certainty_weight, rate_share
 from unmask.training.recorded_step import RecordedStep
 from unmask.training.sequences import Batch
 from unmask.training.step_report import StepReport
@@ -78,7 +78,7 @@ class DraftTrainer:
             raise ValueError("this objective needs the target's final states beside its features: final=True")
         self.decay = decay_weights(draft.config.block_size, config.decay_gamma, self.device)
         self._trained = [*draft.parameters(), *(confidence.parameters() if confidence is not None else ())]
-        self._rate: float | Tensor = config.learning_rate
+        self._rate: float | Tensor = config.highest_rate
         self._recorded: RecordedStep | None = None
         if config.cuda_graph:
             self._recorded = self._new_recording()
@@ -93,11 +93,12 @@ class DraftTrainer:
             "fused": True,
             "capturable": self.config.cuda_graph,
         }
-        if self.config.optimizer == "adamw":
+        if self.config.chosen_optimizer == "adamw":
             return torch.optim.AdamW(self._trained, **options)
         matrices = [p for p in self.draft.parameters() if p.ndim == 2]
         chosen = {id(p) for p in matrices}
-        return Muon(matrices, [p for p in self._trained if id(p) not in chosen], **options)
+        others = [p for p in self._trained if id(p) not in chosen]
+        return Muon(matrices, others, Deal(self.sequences.rank, self.world_size, self.reduce), **options)
 
     def _new_recording(self) -> RecordedStep:
         """Steps as a graph, whose learning rate and beta are inputs like the blocks and their features."""
@@ -107,7 +108,7 @@ class DraftTrainer:
         if rope in ("dynamic", "longrope"):
             # Their frequencies depend on the longest position, which the host would have to ask for.
             raise UserError(f"RoPE of type '{rope}' cannot be recorded; set it to false", field="distill.cuda_graph")
-        rate = self._rate = torch.tensor(self.config.learning_rate, device=self.device)
+        rate = self._rate = torch.tensor(self.config.highest_rate, device=self.device)
 
         def run(inputs: Sequence[Tensor]) -> dict[str, Tensor]:
             *blocks, features, rates = inputs
@@ -126,7 +127,8 @@ class DraftTrainer:
             `loss`, `cross_entropy` (the rows' loss), `entropy`, `accuracy` and `acceptance` (of drafted rows),
             `confidence`, `grad_norm`, `learning_rate`. Reading it waits for the device.
         """
-        rate, beta = learning_rate(self.config, progress), certainty_weight(self.config, progress)
+        rate = self.config.highest_rate * rate_share(self.config, progress)
+        beta = certainty_weight(self.config, progress)
         batch = self.sequences.batch(self.sequences.rows(self.steps_done))
         shape = self.draft.config
         blocks = training_blocks(batch, self._anchors(batch), shape.block_size, shape.mask_token_id)

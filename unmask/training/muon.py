@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,29 @@ _RMS = 0.2
 """Of an update by AdamW, which those of Muon are brought to: both can then have one learning rate."""
 
 
+@dataclass(frozen=True, slots=True)
+class Deal:
+    """Which matrices a rank makes orthogonal: all ranks have the same gradients, and each takes its share.
+
+    Args:
+        sum_over_ranks: of a tensor, in place or not.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    def orthogonal(self, wide_NAB: Tensor, first: int) -> Tensor:
+        """`orthogonal` of N matrices, of which the first is number `first` of a step: every rank has all of them."""
+        if self.world_size == 1:
+            return orthogonal(wide_NAB)
+        made = torch.zeros_like(wide_NAB, dtype=_precision(wide_NAB))
+        share = slice((self.rank - first) % self.world_size, None, self.world_size)
+        if len(made[share]):
+            made[share] = orthogonal(wide_NAB[share])
+        return self.sum_over_ranks(made)
+
+
 class Muon(torch.optim.AdamW):
     """Momentum whose matrices are made orthogonal (K. Jordan, 2024), scaled to AdamW's updates and with decoupled
     weight decay of 0.1 (Liu et al., arXiv 2502.16982, eq. 4); AdamW takes the other parameters.
@@ -29,10 +53,17 @@ class Muon(torch.optim.AdamW):
     Args:
         matrices: parameters [A, B] of hidden layers.
         others: norms, biases, embeddings, heads.
+        deal: of several ranks.
         adamw: arguments of `torch.optim.AdamW`; `lr` is that of both.
+
+    Raises:
+        ValueError: `matrices` holds something else.
     """
 
-    def __init__(self, matrices: Iterable[Tensor], others: Iterable[Tensor], **adamw: Any) -> None:
+    def __init__(
+        self, matrices: Iterable[Tensor], others: Iterable[Tensor], deal: Deal | None = None, **adamw: Any
+    ) -> None:
+        self._deal = deal or Deal()
         groups = [{"params": list(matrices), "orthogonal": True}, {"params": list(others), "orthogonal": False}]
         super().__init__([group for group in groups if group["params"]], **adamw)
         if any(p.ndim != 2 for group in self.param_groups if group["orthogonal"] for p in group["params"]):
@@ -50,9 +81,11 @@ class Muon(torch.optim.AdamW):
         alike: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
         for matrix in matrices:
             alike.setdefault(tuple(sorted(matrix.shape)), []).append((matrix, self._direction(matrix)))
+        dealt = 0
         for (_, longer), pairs in alike.items():
             wide = torch.stack([_widened(direction) for _, direction in pairs])
-            updates = orthogonal(wide).to(wide.dtype) * (-_RMS * math.sqrt(longer) * rate)
+            updates = self._deal.orthogonal(wide, dealt).to(wide.dtype) * (-_RMS * math.sqrt(longer) * rate)
+            dealt += len(pairs)
             for (matrix, _), update in zip(pairs, updates.unbind(), strict=True):
                 _widened(matrix).mul_(1 - rate * _DECAY).add_(update)
 
@@ -70,12 +103,16 @@ class Muon(torch.optim.AdamW):
 def orthogonal(wide_NAB: Tensor) -> Tensor:
     """The nearest matrices whose singular values are all about one: N matrices [A, B], A <= B; bfloat16 on a GPU."""
     a, b, c = _COEFFICIENTS
-    x = wide_NAB.bfloat16() if wide_NAB.is_cuda else wide_NAB
+    x = wide_NAB.to(_precision(wide_NAB))
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(_ROUNDS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def _precision(matrices: Tensor) -> torch.dtype:
+    return torch.bfloat16 if matrices.is_cuda else matrices.dtype
 
 
 def _widened(matrix: Tensor) -> Tensor:

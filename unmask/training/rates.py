@@ -7,10 +7,8 @@ from typing import Literal, Protocol
 
 
 class Schedule(Protocol):
-    """The fields of a training section that set its rates."""
+    """The fields of a training section that shape its rates."""
 
-    @property
-    def learning_rate(self) -> float: ...  # the highest rate
     @property
     def schedule(self) -> Literal["constant_then_linear", "cosine"]: ...
     @property
@@ -19,15 +17,16 @@ class Schedule(Protocol):
     def decay_fraction(self) -> float: ...
 
 
-def learning_rate(config: Schedule, progress: float) -> float:
-    """The rate at a share of the budget: linear warm-up, then constant and linear decay, or cosine to 0."""
+def rate_share(config: Schedule, progress: float) -> float:
+    """The rate at a share of the budget, over the highest: linear warm-up, then constant and linear decay, or cosine
+    to 0."""
     if progress < config.warmup_fraction:
-        return config.learning_rate * progress / config.warmup_fraction
+        return progress / config.warmup_fraction
     if config.schedule == "cosine":
         after = (progress - config.warmup_fraction) / (1 - config.warmup_fraction)
-        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(after, 1.0)))
+        return 0.5 * (1 + math.cos(math.pi * min(after, 1.0)))
     left = max(1.0 - progress, 0.0)
-    return config.learning_rate * min(1.0, left / config.decay_fraction if config.decay_fraction else 1.0)
+    return min(1.0, left / config.decay_fraction if config.decay_fraction else 1.0)
 
 
 class CertaintySchedule(Protocol):
