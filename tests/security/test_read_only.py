@@ -31,7 +31,7 @@ def in_a_namespace(*commands: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("test", [SERVED, TRAINED])
 def test_a_read_only_root_is_enough(test: str) -> None:
     if in_a_namespace("true").returncode:
-        pytest.skip("mounts need privileges")
+        pytest.skip("mounts need privileges, and a checkout that is not below /tmp")
     assert in_a_namespace("touch written").returncode
     ended = in_a_namespace(f"{sys.executable} -m pytest -q -p no:cacheprovider {test}")
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
