@@ -21,12 +21,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from benchmarks.batched_generation import Response
 from benchmarks.draft_bench import FRESH, Benchmark, Deadline
+from benchmarks.draft_lines import ABLATIONS, ADAMW, BY_DEFAULT, OPTIMIZERS, PUBLISHED, SECOND, SEEDS
 from benchmarks.draft_scale import full_scale, tiny_scale
 from benchmarks.draft_store import Store
 from benchmarks.speculators_dflash import SpeculatorsTrainer, unavailable
@@ -36,46 +37,6 @@ from unmask.decoding.ngram import NgramProposer, replay
 from unmask.evaluation.replay import replay_draft
 from unmask.training.sequences import TokenSequence
 from unmask.types import ServedRequest
-
-SEEDS = range(3)
-ABLATIONS: list[tuple[str, dict[str, Any]]] = [
-    ("decay x ce", {}),
-    ("d_pace x ce", {"weighting": "d_pace"}),
-    ("first_miss x ce", {"weighting": "first_miss"}),
-    ("decay x lk_hybrid", {"loss": "lk_hybrid"}),
-    ("beta .5 target_relative T .5 late", {"beta": 0.5, "gate": "target_relative", "certainty_start": 0.3}),
-    ("beta .5 right T .5 late", {"beta": 0.5, "gate": "right", "certainty_start": 0.3}),
-    ("beta 2 right T .5", {"beta": 2.0, "gate": "right"}),
-    ("decay x kl", {"loss": "kl"}),
-    ("beta .5 prefix_right T .5 late", {"beta": 0.5, "gate": "prefix_right", "certainty_start": 0.3}),
-    ("beta .5 target_relative T 1 late",
-     {"beta": 0.5, "gate": "target_relative", "certainty_start": 0.3, "entropy_temperature": 1.0}),
-    ("beta .1 target_relative T .5 late", {"beta": 0.1, "gate": "target_relative", "certainty_start": 0.3}),
-    ("d_pace x lk_hybrid", {"weighting": "d_pace", "loss": "lk_hybrid"}),
-    ("decay x tv", {"loss": "tv"}),
-    ("first_miss x kl", {"weighting": "first_miss", "loss": "kl"}),
-    ("first_miss x ce, beta .5 target_relative T .5 late",
-     {"weighting": "first_miss", "beta": 0.5, "gate": "target_relative", "certainty_start": 0.3}),
-    ("first_miss x ce, beta .5 prefix_right T .5 late",
-     {"weighting": "first_miss", "beta": 0.5, "gate": "prefix_right", "certainty_start": 0.3}),
-]  # fmt: skip
-"""The table, most telling lines first; equal tokens."""
-PUBLISHED: dict[str, Any] = {"weighting": "decay", "loss": "ce"}
-"""What the lines of the table change."""
-ADAMW: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 1.5e-3}
-"""What the lines of the table and second stages are trained by."""
-OPTIMIZERS: list[tuple[Literal["adamw", "muon"], float, str, int, int | None]] = [
-    ("muon", 1.5e-3, "target", 2048, 1), ("muon", 3e-3, "target", 2048, 1), ("muon", 6e-3, "target", 2048, 1),
-    ("muon", 3e-3, "random", 2048, 1), ("adamw", 1.5e-3, "target", 2048, 1), ("adamw", 3e-3, "target", 2048, 1),
-    ("muon", 3e-3, "target", 4096, 1), ("muon", 6e-3, "target", 4096, 1), ("adamw", 1.5e-3, "target", 4096, 1),
-    ("adamw", 1.5e-3, "target", 2048, 4), ("muon", 1.5e-3, "target", 2048, 4), ("muon", 3e-3, "target", 2048, 4),
-    ("muon", 6e-3, "target", 2048, 4), ("muon", 1.2e-2, "target", 2048, 4), ("muon", 3e-3, "random", 2048, 4),
-    ("muon", 6e-3, "target", 4096, 4), ("adamw", 1.5e-3, "target", 2048, None),
-]  # fmt: skip
-"""With their highest rate, the weights to start from, anchors a step, and for how many times the steps of `equal`; None
-is the time of the main training."""
-SECOND = ("more of the same", "temperature 1", "temperature 1, rejected anchors first")
-"""Second stages from the main draft, equal tokens: the first is what the others have to beat."""
 
 Outcome = tuple[list[dict[str, Any]], dict[str, Any]]
 """Rows, and notes that are no rows."""
@@ -182,13 +143,19 @@ def optimizer(bench: Benchmark, line: int) -> Outcome:
         run, budget = bench.run(trainer, steps=steps), f"{steps} steps"
     recipe = f"main by {name} at {rate:g}, {budget}" + (f", {start} start" if start == "random" else "")
     recipe += "" if anchors == bench.scale.config.anchors_per_step else f", {anchors} anchors"
-    return bench.measure(trainer.average, "ours", recipe, config, run), {"run": run}
+    rows = [
+        row
+        for to_choose in (True, False)
+        for row in bench.measure(trainer.average, "ours", recipe, config, run, to_choose=to_choose)
+    ]
+    return rows, {"run": run}
 
 
-def ablation(bench: Benchmark, line: int, seed: int) -> Outcome:
+def ablation(bench: Benchmark, line: int, seed: int, optimizer: dict[str, Any] = ADAMW) -> Outcome:
     """A line of the table, on half of the texts, which its steps visit little more than once."""
     name, change = ABLATIONS[line]
-    config = replace(bench.scale.config, seed=seed, **(ADAMW | PUBLISHED | change))
+    name += "" if optimizer else ", default optimiser"
+    config = replace(bench.scale.config, seed=seed, **(optimizer | PUBLISHED | change))
     steps, features = bench.scale.ablation_steps, bench.features(to_choose=True)
     trainer = bench.trainer(config, features, bench.new_draft(config.seed))
     run = bench.run(trainer, steps=steps)
@@ -233,9 +200,14 @@ def cases() -> dict[str, Callable[[Benchmark], Outcome]]:
         "trajectories": trajectories,
         # Before the main training, whose recipe they choose.
         **{
-            f"ablation-{line:02d}-seed{seed}": lambda b, line=line, seed=seed: ablation(b, line, seed)
+            f"ablation-{line:02d}-seed{seed}": partial(ablation, line=line, seed=seed)
             for seed in SEEDS
             for line in range(len(ABLATIONS))
+        },
+        **{
+            f"default-optimiser-{line:02d}-seed{seed}": partial(ablation, line=line, seed=seed, optimizer={})
+            for seed in SEEDS
+            for line in BY_DEFAULT
         },
         "more": more,
         **{
@@ -249,7 +221,7 @@ def cases() -> dict[str, Callable[[Benchmark], Outcome]]:
     table["fresh"] = fresh
     for seed in SEEDS:
         for stage in range(len(SECOND)):
-            table[f"second-{stage}-seed{seed}"] = lambda b, stage=stage, seed=seed: second(b, stage, seed)
+            table[f"second-{stage}-seed{seed}"] = partial(second, stage=stage, seed=seed)
     return table
 
 

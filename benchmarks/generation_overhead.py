@@ -4,8 +4,9 @@
 
 Both get the same prompts, tokenise them and draw greedily; both are timed from their first request to their last
 token: loading and warm-up are left out, all else (tokenising, scheduling, files, the drain at the end) is not.
-Runs alternate, each in a process of its own. `--gpus 2` runs the line alone. `--dummy qwen3-8b` makes a network of that
-shape with random weights, in `--work`. `--tiny` proves the script on a CPU: its figures mean little.
+Runs alternate, each in a process of its own; with `--side-by-side` the two of a pair run at once, on two GPUs which
+they swap from pair to pair. `--gpus 2` runs the line alone. `--dummy qwen3-8b` makes a network of that shape with
+random weights, in `--work`. `--tiny` proves the script on a CPU: its figures mean little.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks.demo import machine
+from benchmarks.dummy_target import make_dummy
 from engines.engine_options import engine_arguments
 from engines.offline_engine import Completion, OfflineEngine
 from unmask.config import GenerateConfig, PromptsConfig, Recipe, TargetConfig
@@ -33,14 +36,13 @@ from unmask.prompts import PromptBuilder
 from unmask.targets import resolve_target, unused_special_token
 from unmask.types import SamplingOptions
 
+ENGINES = ("bare", "line")
+
+Timed = tuple[int, float]
+"""Tokens and seconds."""
+
 WARM_UP = [list(range(100, 140 + n)) for n in range(8)]
 """Prompts drawn before the clock starts: kernels are compiled at their first use."""
-
-QWEN3_8B = {
-    "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960,
-    "rope_theta": 1e6, "tie_word_embeddings": False,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +108,8 @@ class TimedEngine(OfflineEngine):
             Path(self._notes).write_text(json.dumps([self._first, time.time(), self._tokens]))
 
 
-def run_line(workload: Workload, folder: Path) -> float:
-    """Tokens per second through `pipelines.generate`."""
+def run_line(workload: Workload, folder: Path) -> Timed:
+    """Through `pipelines.generate`."""
     from functools import partial
 
     from pipelines.generate import generate
@@ -121,13 +123,11 @@ def run_line(workload: Workload, folder: Path) -> float:
     first, last = min(note[0] for note in seen), max(note[1] for note in seen)
     tokens = sum(note[2] for note in seen)
     assert tokens == report.tokens
-    return tokens / (last - first)
+    return tokens, last - first
 
 
-def run_bare(workload: Workload, folder: Path) -> float:
-    """Tokens per second of vLLM's engine, fed and stepped by one loop."""
-    import os
-
+def run_bare(workload: Workload, folder: Path) -> Timed:
+    """Of vLLM's engine, fed and stepped by one loop."""
     from transformers import AutoTokenizer
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if workload.gpus else "0"
@@ -161,9 +161,9 @@ def run_bare(workload: Workload, folder: Path) -> float:
             engine.add_request(str(row.index), prompt, params.clone())
             running += 1
         if not running:
-            rate = tokens / (time.time() - start)
+            seconds = time.time() - start
             engine.engine_core.shutdown()
-            return rate
+            return tokens, seconds
         ended = [output.outputs[0] for output in engine.step() if output.finished]
         running -= len(ended)
         tokens += sum(len(output.token_ids) for output in ended)
@@ -179,42 +179,34 @@ def write_prompts(path: Path, rows: int) -> None:
             file.write(json.dumps({"prompt": text}) + "\n")
 
 
-def make_dummy(folder: Path) -> Path:
-    """A directory with a network of Qwen3-8B's shape, random weights, and the embedded target's tokenizer."""
-    import torch
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
-
-    path = folder / "qwen3-8b-dummy"
-    if path.is_dir():
-        return path
-    tokenizer = AutoTokenizer.from_pretrained(resolve_target(TargetConfig().model))
-    config = Qwen3Config(**QWEN3_8B, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen3ForCausalLM(config)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    del model
-    torch.cuda.empty_cache()  # the engines of other processes want the memory
-    return path
-
-
-def measure(engine: str, workload: Workload) -> dict[str, Any]:
-    """One run in a process of its own."""
+def measure(engine: str, workload: Workload, gpu: int | None = None) -> dict[str, Any]:
+    """One run in a process of its own, which sees that GPU alone; all of them if it is None."""
     command = [sys.executable, "-m", "benchmarks.generation_overhead", "--run", engine, json.dumps(asdict(workload))]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    rate = float(ended.stdout.splitlines()[-1])
-    figures = {"engine": engine, "model": Path(workload.model).name, "gpus": workload.gpus, "tokens_per_second": rate}
+    seen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | seen)
+    tokens, seconds = json.loads(ended.stdout.splitlines()[-1])
+    figures = {
+        "engine": engine, "model": Path(workload.model).name, "gpus": workload.gpus,
+        "tokens_per_second": round(tokens / seconds, 1), "tokens": tokens, "seconds": round(seconds, 2), "gpu": gpu,
+    }  # fmt: skip
     print(json.dumps(figures), flush=True)
     return figures
 
 
+def measure_pair(workload: Workload, number: int, side_by_side: bool) -> list[dict[str, Any]]:
+    """Both engines; which is first, or which has which GPU, changes from pair to pair."""
+    if not side_by_side:
+        return [measure(engine, workload) for engine in (ENGINES if number % 2 == 0 else ENGINES[::-1])]
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(measure, ENGINES, [workload] * 2, (number % 2, 1 - number % 2)))
+
+
 def run_one(engine: str, workload: Workload) -> None:
-    """The body of such a process: prints the rate on its last line."""
+    """The body of such a process: prints tokens and seconds on its last line."""
     with tempfile.TemporaryDirectory(prefix="overhead-") as folder:
         write_prompts(Path(folder) / "prompts.jsonl", workload.rows)
-        rate = {"bare": run_bare, "line": run_line}[engine](workload, Path(folder))
-    print(round(rate, 1), flush=True)
+        timed = {"bare": run_bare, "line": run_line}[engine](workload, Path(folder))
+    print(json.dumps(timed), flush=True)
 
 
 def record(path: Path, workload: Workload, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -230,19 +222,19 @@ def record(path: Path, workload: Workload, runs: list[dict[str, Any]]) -> dict[s
 
 
 def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Median rates, the line's share of the bare loop's, and what more GPUs bring."""
+    """Median rates, the median of the line's shares of the bare loop's in pairs, and what more GPUs bring."""
     rates = {
-        key: median(run["tokens_per_second"] for run in group)
+        key: [run["tokens_per_second"] for run in group]
         for key, group in itertools.groupby(sorted(runs, key=_key), key=_key)
     }
     summary: dict[str, Any] = {}
-    for (model, gpus, engine), rate in rates.items():
+    for (model, gpus, engine), found in rates.items():
         entry = summary.setdefault(f"{model}, {gpus} GPUs", {})
-        entry[engine] = rate
+        entry[engine] = median(found)
         if engine == "line" and (bare := rates.get((model, gpus, "bare"))):
-            entry["line_over_bare"] = round(rate / bare, 4)
+            entry["line_over_bare"] = round(median(a / b for a, b in zip(found, bare, strict=True)), 4)
         if engine == "line" and gpus > 1 and (single := rates.get((model, 1, "line"))):
-            entry["over_one_gpu"] = round(rate / single, 4)
+            entry["over_one_gpu"] = round(median(found) / median(single), 4)
     return summary
 
 
@@ -263,6 +255,7 @@ def main() -> None:
     parser.add_argument("--dummy", choices=["qwen3-8b"])
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--side-by-side", action="store_true")
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--max-num-seqs", type=int, default=256)
@@ -286,11 +279,13 @@ def main() -> None:
     )
     if arguments.tiny:
         workload = replace(workload, gpus=0, rows=16, max_new_tokens=8, max_num_seqs=4, rows_per_shard=2)
-    engines = ("line",) if workload.gpus > 1 else ("bare", "line")
     runs: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
-    for engine in [*engines] * arguments.pairs:
-        runs.append(measure(engine, workload))
+    for number in range(arguments.pairs):
+        if workload.gpus > 1:
+            runs.append(measure("line", workload))
+        else:
+            runs += measure_pair(workload, number, arguments.side_by_side)
         summary = record(arguments.out, workload, runs) if arguments.out else _summary(runs)
     print(json.dumps(summary, indent=2))
 

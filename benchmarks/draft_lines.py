@@ -1,0 +1,49 @@
+"""What the cases of the draft benchmark change: lines of the table, optimisers, second stages."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+SEEDS = range(3)
+ABLATIONS: list[tuple[str, dict[str, Any]]] = [
+    ("decay x ce", {}),
+    ("d_pace x ce", {"weighting": "d_pace"}),
+    ("first_miss x ce", {"weighting": "first_miss"}),
+    ("decay x lk_hybrid", {"loss": "lk_hybrid"}),
+    ("beta .5 target_relative T .5 late", {"beta": 0.5, "gate": "target_relative", "certainty_start": 0.3}),
+    ("beta .5 right T .5 late", {"beta": 0.5, "gate": "right", "certainty_start": 0.3}),
+    ("beta 2 right T .5", {"beta": 2.0, "gate": "right"}),
+    ("decay x kl", {"loss": "kl"}),
+    ("beta .5 prefix_right T .5 late", {"beta": 0.5, "gate": "prefix_right", "certainty_start": 0.3}),
+    ("beta .5 target_relative T 1 late",
+     {"beta": 0.5, "gate": "target_relative", "certainty_start": 0.3, "entropy_temperature": 1.0}),
+    ("beta .1 target_relative T .5 late", {"beta": 0.1, "gate": "target_relative", "certainty_start": 0.3}),
+    ("d_pace x lk_hybrid", {"weighting": "d_pace", "loss": "lk_hybrid"}),
+    ("decay x tv", {"loss": "tv"}),
+    ("first_miss x kl", {"weighting": "first_miss", "loss": "kl"}),
+    ("first_miss x ce, beta .5 target_relative T .5 late",
+     {"weighting": "first_miss", "beta": 0.5, "gate": "target_relative", "certainty_start": 0.3}),
+    ("first_miss x ce, beta .5 prefix_right T .5 late",
+     {"weighting": "first_miss", "beta": 0.5, "gate": "prefix_right", "certainty_start": 0.3}),
+]  # fmt: skip
+"""The table, most telling lines first; equal tokens."""
+PUBLISHED: dict[str, Any] = {"weighting": "decay", "loss": "ce"}
+"""What the lines of the table change."""
+ADAMW: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 1.5e-3}
+"""What the lines of the table and second stages are trained by."""
+BY_DEFAULT = (13, 0, 14, 7, 2, 4)
+"""Lines of the table that are trained by the default optimiser too."""
+OPTIMIZERS: list[tuple[Literal["adamw", "muon"], float, str, int, int | None]] = [
+    ("muon", 1.5e-3, "target", 2048, 1), ("muon", 3e-3, "target", 2048, 1), ("muon", 6e-3, "target", 2048, 1),
+    ("muon", 3e-3, "random", 2048, 1), ("adamw", 1.5e-3, "target", 2048, 1), ("adamw", 3e-3, "target", 2048, 1),
+    ("muon", 3e-3, "target", 4096, 1), ("muon", 6e-3, "target", 4096, 1), ("adamw", 1.5e-3, "target", 4096, 1),
+    ("adamw", 1.5e-3, "target", 2048, 4), ("muon", 1.5e-3, "target", 2048, 4), ("muon", 3e-3, "target", 2048, 4),
+    ("muon", 6e-3, "target", 2048, 4), ("muon", 1.2e-2, "target", 2048, 4), ("muon", 3e-3, "random", 2048, 4),
+    ("muon", 2.4e-2, "target", 2048, 4), ("adamw", 3e-3, "target", 2048, 4), ("adamw", 6e-3, "target", 2048, 4),
+    ("muon", 6e-3, "target", 4096, 4), ("adamw", 1.5e-3, "target", 2048, None), ("adamw", 3e-3, "target", 2048, None),
+    ("adamw", 6e-3, "target", 2048, None),
+]  # fmt: skip
+"""With their highest rate, the weights to start from, anchors a step, and for how many times the steps of `equal`; None
+is the time of the main training. Measured on the test prompts, and on those by which a rate is chosen."""
+SECOND = ("more of the same", "temperature 1", "temperature 1, rejected anchors first")
+"""Second stages from the main draft, equal tokens: the first is what the others have to beat."""
