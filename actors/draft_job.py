@@ -12,6 +12,7 @@ from actors.learner import Place, TrainingJob
 from unmask.checkpoints import check_pairing, load_confidence, load_draft, save_draft
 from unmask.config import DistillConfig, Recipe
 from unmask.errors import CheckpointError
+from unmask.hardware import is_half
 from unmask.models.dflash import DFlashConfig, DFlashDraft
 from unmask.models.draft_start import new_draft
 from unmask.models.target import TargetModel
@@ -54,7 +55,7 @@ class DraftJob(TrainingJob):
     def build(self, place: Place) -> DraftTrainer:
         """Target, sequences and draft of a rank; the draft is wrapped for data parallelism, never changed by it."""
         recipe, config = self.recipe, self.config
-        precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        precision = torch.bfloat16 if is_half(config.precision, place.device.type) else torch.float32
         target = TargetModel.load(self.target_path, self.draft.target_layer_ids, precision).to(place.device)
         draft = self._first_draft(target).to(place.device)
         everything = read_trajectory_texts(Path(self.run_dir), verified=recipe.generate.verifier is not None)

@@ -36,6 +36,8 @@ from unmask.pairing.status import read_status
 
 SECRET = b"a benchmark of one machine, 0123"
 PROMPT_TOKENS = 128
+LEAST_IN_TURNS = 16
+"""Concurrency from which requests that take turns in two halves are measured too."""
 STARTS = 5
 """How often the start of a batch is measured."""
 REMOTE = {"remote": "shared memory", "tcp": "sidecar over TCP", "production": "shared memory"}
@@ -141,20 +143,25 @@ def run_engine(arguments: argparse.Namespace) -> None:
         if mode in REMOTE:
             await_draft(llm, arguments)
         for concurrency in arguments.concurrency:
-            for policy in ("static", "by batch size") if has_table else ("static",):
-                k = 0 if mode == "target" else _k(policy, concurrency)
-                if policy != "static" and k == K:
-                    continue
-                if has_table:
-                    table = [k] * (max(arguments.concurrency) + 1)
-                    llm.collective_rpc("set_speculation", args=(table,))
-                print(json.dumps(measure(llm, arguments, mode, concurrency, k, policy)), flush=True)
+            can_take_turns = has_table and mode in REMOTE and concurrency >= LEAST_IN_TURNS
+            for halves in (1, 2) if can_take_turns else (1,):
+                if has_table and mode in REMOTE:
+                    llm.collective_rpc("take_turns_from", args=(2 if halves == 2 else None,))
+                for policy in ("static", "by batch size") if has_table else ("static",):
+                    k = 0 if mode == "target" else _k(policy, concurrency // halves)
+                    if policy != "static" and k == K:
+                        continue
+                    if has_table:
+                        table = [k] * (max(arguments.concurrency) + 1)
+                        llm.collective_rpc("set_speculation", args=(table,))
+                    row = measure(llm, arguments, mode, concurrency, k, policy, halves)
+                    print(json.dumps(row), flush=True)
 
 
 def measure(
-    llm: Any, arguments: argparse.Namespace, mode: str, concurrency: int, k: int, policy: str
+    llm: Any, arguments: argparse.Namespace, mode: str, concurrency: int, k: int, policy: str, halves: int
 ) -> dict[str, Any]:
-    """One row."""
+    """One row; of `halves` 2 the requests take turns, and the parts are those of one half's step."""
     timed = not arguments.tiny and mode != "target"
     length = arguments.tokens * (1 if concurrency > 1 else 2)
     # Acceptance is drawn, and a start may be held up: some hundred steps of few requests would leave it to chance.
@@ -162,14 +169,14 @@ def measure(
     _generate(llm, arguments, concurrency, max(length // 8, K))
     before, counted = counters_of(llm), _asked(llm, arguments, mode)
     if timed:
-        llm.collective_rpc("measure_steps", args=(concurrency,))
+        llm.collective_rpc("measure_steps", args=(concurrency // halves,))
     seconds = sum(_generate(llm, arguments, concurrency, length) for _ in range(rounds))
     times = llm.collective_rpc("step_times")[0] if timed else {}
     after, asked = counters_of(llm), _asked(llm, arguments, mode)
     drafts = after.get("drafts", 0) - before.get("drafts", 0)
     accepted = after.get("accepted", 0) - before.get("accepted", 0)
     tau = 1 + accepted / drafts if drafts else 1.0
-    period = times.get("period", 1000 * seconds * tau / length / rounds)
+    period = halves * times.get("period", 1000 * seconds * tau / length / rounds / halves)
     draft_ms = times.get("draft")
     if asked:
         steps = asked["answered"] - counted["answered"]
@@ -195,7 +202,7 @@ def measure(
         "machine": machine_of(arguments),
         "period_ms": round(period, 3),
         "start_ms": round(_start_ms(llm, arguments, concurrency), 3),
-        "policy": policy,
+        "policy": policy + (", in turns" if halves == 2 else ""),
         "transport": ("socket" if arguments.tiny else REMOTE[mode]) if mode in REMOTE else None,
         "engine": "of its own" if arguments.tiny or mode in ("target", "production") else "shared by native and remote",
         "kv_cache_tokens": _kv_cache_tokens(llm),

@@ -26,6 +26,9 @@ WATCHDOG_VARIABLE = "VLLM_UNMASK_WATCHDOG_MS"
 EIGHT_BIT_VARIABLE = "VLLM_UNMASK_EIGHT_BIT_ROWS"
 """Set to 1: feature rows lie in the mailbox, and travel, as float8 (e4m3)."""
 
+TURNS_VARIABLE = "VLLM_UNMASK_TURNS_FROM"
+"""Running requests from which they take turns (`engines.turns`)."""
+
 WORKER_EXTENSION = "engines.worker_extension.RemoteDraftWorker"
 
 AUX_LAYERS_KEY = "eagle_aux_hidden_state_layer_ids"
@@ -57,6 +60,8 @@ class RemoteDraftOptions:
     """How long a step waits for its draft; on a GPU its watchdog lets it go a little later. None is its own limit."""
     eight_bit_rows: bool = False
     """On a GPU: see `EIGHT_BIT_VARIABLE`."""
+    turns_from: int | None = None
+    """On a GPU: see `TURNS_VARIABLE`; None is never."""
     k_by_batch_size: tuple[tuple[int, int, int], ...] = ()
     """On a GPU: (first, last batch size, K), ascending from 1; graphs are made for each of these K. The scheduler and
     the draft both go by it until `LoadWatch` has measured what these K are worth. Empty is `num_speculative_tokens`
@@ -96,6 +101,10 @@ def _with_speculator(arguments: dict[str, Any], draft: RemoteDraftOptions) -> di
     for name in ("speculative_config", "worker_extension_cls"):
         if name in arguments:
             raise ConfigError("must not be set with a remote draft; remove it", field=f"target.engine.{name}")
+    is_alone = arguments.get("tensor_parallel_size", 1) == 1 and arguments.get("async_scheduling", True)
+    if draft.turns_from is not None and not is_alone:
+        reason = "needs asynchronous scheduling and a target without tensor parallelism; leave it out"
+        raise ConfigError(reason, field="serve.turns_from")
     folder = draft.link_file.absolute().parent / f"{draft.link_file.stem}_shape"
     write_draft_shape(folder, Path(arguments["model"]), draft.layer_ids)
     speculation: dict[str, Any] = {

@@ -7,6 +7,7 @@ from typing import Any
 
 from engines.speculator import RemoteSpeculator
 from engines.step_times import StepTimes
+from engines.turns import turns
 from unmask.pairing.mailbox_words import ANSWERED, DRAFT_NS, LATE, RELEASED
 
 
@@ -24,6 +25,10 @@ class DraftControls:
         if isinstance(speculator, RemoteSpeculator):
             speculator.watch = None
         speculator.set_ks(ks)
+
+    def take_turns_from(self, least: int | None) -> None:
+        """Running requests from which they take turns from now on; None is never."""
+        turns.least = least
 
     def measure_steps(self, batch_size: int) -> None:
         """Begin to time steps of this batch size."""

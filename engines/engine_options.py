@@ -10,6 +10,7 @@ from typing import Any
 
 from unmask.config import TargetConfig
 from unmask.errors import ConfigError, nearest
+from unmask.hardware import multiplies_bfloat16
 
 _DECIDED_ELSEWHERE = {
     "model": "target.model",
@@ -79,13 +80,15 @@ def engine_arguments(target: TargetConfig, path: Path, *, dtype: str, on_gpu: bo
 
     Args:
         path: the target's directory (see `unmask.targets.resolve_target`).
-        dtype: compute type of the engine, or `auto`.
+        dtype: compute type of the engine, or `auto`: the checkpoint's, and float32 on a CPU without bfloat16.
         on_gpu: False adds the defaults that a CPU host needs.
 
     Raises:
         ConfigError: see `check_engine_options`.
     """
     check_engine_options(target.engine)
+    if dtype == "auto" and not on_gpu and not multiplies_bfloat16("cpu"):
+        dtype = "float32"
     cpu = {"enforce_eager": True, "kv_cache_memory_bytes": _CPU_KV_CACHE_BYTES}
     return {
         **({} if on_gpu else cpu),

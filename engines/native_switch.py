@@ -56,6 +56,11 @@ class SwitchableSpeculator(DFlashSpeculator):
         for remote in self.remotes.values():
             remote.introduce(name, tokens, num_computed)
 
+    def begin(self, names: Any, draft_tokens: Tensor, comes_later: bool) -> None:
+        """A step begins."""
+        if self.mode != "native":
+            self.remotes[self.mode].begin(names, draft_tokens, comes_later)
+
     def finish(self, names: Any) -> None:
         """Requests that have ended."""
         ended = list(names)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
+from engines.draft_arguments import TURNS_VARIABLE
+from engines.turns import turns
 from engines.versions import require_tested_vllm
 from unmask.errors import ConfigError
 
@@ -54,12 +59,15 @@ _BATCH = {
 schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 """Those of this process: whoever changes K tells them too."""
 
+_COMES_LATER = "_unmask_comes_later"
+"""Set on a step's SchedulerOutput whose proposals may come after the next step (`engines.turns`)."""
+
 
 def install(new_speculator: Callable[[VllmConfig, torch.device], Any]) -> None:
     """Put another speculator in the place of vLLM's, once per process.
 
     Args:
-        new_speculator: makes one that has `RemoteSpeculator.introduce` and `finish`.
+        new_speculator: makes one that has `RemoteSpeculator.introduce`, `finish` and `begin`.
 
     Raises:
         ConfigError: a version of vLLM that this was not tested with, or one whose interfaces are others.
@@ -81,6 +89,8 @@ def install(new_speculator: Callable[[VllmConfig, torch.device], Any]) -> None:
         if runner.speculator is not None:
             for new in scheduler_output.scheduled_new_reqs:
                 runner.speculator.introduce(new.req_id, new.prefill_token_ids, new.num_computed_tokens)
+            comes_later = getattr(scheduler_output, _COMES_LATER, False)
+            runner.speculator.begin(scheduler_output.num_scheduled_tokens, runner.req_states.draft_tokens, comes_later)
 
     def init_scheduler(scheduler: Scheduler, *args: Any, **kwargs: Any) -> None:
         init(scheduler, *args, **kwargs)
@@ -90,7 +100,25 @@ def install(new_speculator: Callable[[VllmConfig, torch.device], Any]) -> None:
     model_runner.GPUModelRunner.finish_requests = finish_requests  # pyrefly: ignore[bad-assignment]
     model_runner.GPUModelRunner.add_requests = add_requests  # pyrefly: ignore[bad-assignment]
     Scheduler.__init__ = init_scheduler
+    turns.least = int(os.environ.get(TURNS_VARIABLE, 0)) or None
+    _install_turns()
     model_runner._unmask_remote_draft = True  # pyrefly: ignore[missing-attribute]
+
+
+def _install_turns() -> None:
+    """Have asynchronous schedulers of this process ask `turns` after every step; where the scheduler is in another
+    process, as with tensor parallelism, no step is told that its proposals may come later."""
+    update = AsyncScheduler._update_after_schedule
+
+    def update_after_schedule(scheduler: AsyncScheduler, scheduler_output: SchedulerOutput) -> None:
+        update(scheduler, scheduler_output)
+        if turns.least is None:
+            return
+        scheduled = [scheduler.requests[name] for name in scheduler_output.num_scheduled_tokens]
+        comes_later = turns.give(scheduler, [request for request in scheduled if not request.is_prefill_chunk])
+        setattr(scheduler_output, _COMES_LATER, comes_later)
+
+    AsyncScheduler._update_after_schedule = update_after_schedule  # pyrefly: ignore[bad-assignment]
 
 
 def check_interfaces(version: str) -> None:
@@ -101,6 +129,7 @@ def check_interfaces(version: str) -> None:
         "init_speculator": (getattr(model_runner, "init_speculator", None), _INIT),
         "GPUModelRunner.finish_requests": (getattr(runner, "finish_requests", None), _REQUESTS),
         "GPUModelRunner.add_requests": (getattr(runner, "add_requests", None), _REQUESTS),
+        "AsyncScheduler._update_after_schedule": (AsyncScheduler._update_after_schedule, _REQUESTS),
     }
     for name, (function, parameters) in expected.items():
         found = tuple(inspect.signature(function).parameters) if function else ()

@@ -12,7 +12,7 @@ import itertools
 import logging
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +35,7 @@ from engines.load_watch import LoadWatch
 from engines.prompt_hashes import PromptHashes
 from engines.runner_hooks import schedulers
 from engines.step_times import StepTimes
+from engines.turns import Owed
 from unmask.errors import ConfigError
 from unmask.files import private_folder
 from unmask.pairing.attendants import Attendants
@@ -96,6 +97,9 @@ class RemoteSpeculator(BaseSpeculator):
         self.width: int = vllm_config.model_config.get_hidden_size()
         self.num_layers = len(layers)
         self.target: MailboxTarget | None = None
+        self._draft_tokens: Tensor | None = None
+        self._comes_later = False
+        self._owed: Owed | None = None
         self._is_warm = False
         if get_tp_group().rank_in_group == 0:
             folder = os.environ.get(MAILBOX_FOLDER_VARIABLE) if folder is None else folder
@@ -175,6 +179,7 @@ class RemoteSpeculator(BaseSpeculator):
         if dummy_run or is_profile:
             self._prepare(sampled)
             return torch.zeros(num_requests, self.max_k, dtype=torch.int64, device=self.device)
+        self._collect()
         tokens = torch.full((num_requests, self.max_k), self.absent, dtype=torch.int64, device=self.device)
         if self.target is not None:
             self.target.start()
@@ -197,8 +202,11 @@ class RemoteSpeculator(BaseSpeculator):
                 k=self.ks[num_requests],
                 hashes=hashes,
                 wanted=_ends_a_prompt(input_batch),
+                comes_later=self._comes_later,
                 mark=self.times,
             )
+            if self.target.is_owing:
+                self._owed = Owed(frozenset(input_batch.req_ids), input_batch.idx_mapping.clone())
             if self.times is not None:
                 self.times("end")
             if watch is not None:
@@ -219,6 +227,27 @@ class RemoteSpeculator(BaseSpeculator):
         if table is not None:
             logger.info("K by batch size is now %s", _spans(table))
             self.set_ks(table)
+
+    @torch.inference_mode()
+    def begin(self, names: Collection[str], draft_tokens: Tensor, comes_later: bool) -> None:
+        """A step begins.
+
+        Args:
+            names: of its requests.
+            draft_tokens: int64 [slots, K], where the runner keeps what is to be verified.
+            comes_later: whether none of them is in the next step (see `engines.turns`).
+        """
+        self._draft_tokens, self._comes_later = draft_tokens, comes_later
+        if self._owed is not None and not self._owed.names.isdisjoint(names):
+            # No step has come between.
+            self._collect()
+
+    def _collect(self) -> None:
+        """Queue what brings owed proposals to their slots. A request that has left its slot since is done no harm: its
+        successor's are stored after it has been drafted for."""
+        owed, self._owed = self._owed, None
+        if owed is not None and self.target is not None and self._draft_tokens is not None:
+            self._draft_tokens[owed.slots] = self.target.collect()
 
     def introduce(self, name: str, tokens: Sequence[int], num_computed: int) -> None:
         """A request begins, or begins again (see `PromptHashes.introduce`)."""

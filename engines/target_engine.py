@@ -21,6 +21,7 @@ from engines.draft_arguments import (
     EIGHT_BIT_VARIABLE,
     LINK_FILE_VARIABLE,
     MAILBOX_FOLDER_VARIABLE,
+    TURNS_VARIABLE,
     WATCHDOG_VARIABLE,
     RemoteDraftOptions,
     with_remote_draft,
@@ -200,6 +201,8 @@ class TargetEngine:
             variables[LINK_FILE_VARIABLE] = str(self._draft.link_file.absolute())
         if self._draft is not None and self._draft.eight_bit_rows:
             variables[EIGHT_BIT_VARIABLE] = "1"
+        if self._draft is not None and self._draft.turns_from is not None:
+            variables[TURNS_VARIABLE] = str(self._draft.turns_from)
         if self._draft is not None and self._draft.timeout_ms is not None:
             # The sidecar gives up first, and says so; the watchdog is for when it cannot.
             variables[WATCHDOG_VARIABLE] = f"{_WATCHDOG_SHARE * self._draft.timeout_ms:g}"

@@ -202,6 +202,7 @@ class _Link:
                 num_speculative_tokens=k,
                 timeout_ms=config.serve.draft_limit_ms,
                 eight_bit_rows=config.serve.eight_bit_rows,
+                turns_from=config.serve.turns_from,
                 k_by_batch_size=first_spans(k, config.serve.max_num_seqs) if config.serve.adaptive_k else (),
             ),
             address=None,

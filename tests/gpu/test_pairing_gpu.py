@@ -299,6 +299,11 @@ def counters(llm: Any) -> dict[str, int]:
     return llm.collective_rpc("draft_counters")[0]
 
 
+def accepted(llm: Any) -> float:
+    """Drafted tokens that were accepted so far."""
+    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens")
+
+
 def prompts(count: int, seed: int, longest: int = 120) -> list[list[int]]:
     generator = random.Random(seed)
     return [[generator.randrange(100, 49000) for _ in range(generator.randint(1, longest))] for _ in range(count)]
@@ -383,6 +388,23 @@ def test_greedy_text_is_the_targets_own(llm: Any, plain: Plain) -> None:
     found = counters(llm)
     assert found["asked"] - before["asked"] > 30
     assert found["released"] == found["late"] == 0
+
+
+def test_requests_that_take_turns_say_the_same(llm: Any, plain: Plain) -> None:
+    counts = []
+    for least in (None, 2):
+        before = accepted(llm), counters(llm)
+        llm.collective_rpc("take_turns_from", args=(least,))
+        try:
+            assert fresh_greedy(llm, prompts(24, seed=4), 64) == plain.greedy
+        finally:
+            llm.collective_rpc("take_turns_from", args=(None,))
+        eventually(lambda: counters(llm)["asked"] == counters(llm)["answered"])
+        counts.append((accepted(llm) - before[0], counters(llm)["asked"] - before[1]["asked"]))
+    (at_once, steps), (in_turns, more_steps) = counts
+    assert more_steps > 1.5 * steps
+    # Those that go over to the other half lose a step's.
+    assert in_turns >= 0.8 * at_once
 
 
 def test_a_shared_prompt_is_no_gap_with_prefix_caching(llm: Any, draft: Draft, plain: Plain) -> None:

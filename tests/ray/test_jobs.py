@@ -44,7 +44,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def job(head: Head, *arguments: str, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+def job(head: Head, *arguments: str, timeout: float = 560) -> subprocess.CompletedProcess[str]:
     """`ray job ...` as a user types it."""
     command = [str(BIN / "ray"), "job", arguments[0], "--address", head.dashboard, *arguments[1:]]
     return subprocess.run(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,7 @@ def test_what_contradicts_a_draft_on_a_gpu_is_refused(tmp_path: Path) -> None:
         with_remote_draft({"model": str(tmp_path), "worker_extension_cls": "other.Worker"}, options, "v2")
     with pytest.raises(CheckpointError, match=r"config\.json"):
         with_remote_draft({"model": str(tmp_path)}, options, "v2")
+    in_turns = replace(options, turns_from=32)
+    for arguments in ({"tensor_parallel_size": 2}, {"async_scheduling": False}):
+        with pytest.raises(ConfigError, match=r"serve\.turns_from: needs asynchronous scheduling"):
+            with_remote_draft({"model": str(tmp_path)} | arguments, in_turns, "v2")

@@ -13,6 +13,7 @@ from engines.engine_options import PLACEMENT, _known_options, check_engine_optio
 from engines.versions import TESTED, require_tested_vllm
 from unmask.config import TargetConfig
 from unmask.errors import ConfigError
+from unmask.hardware import is_half
 
 
 @pytest.mark.parametrize(
@@ -64,3 +65,26 @@ def test_only_tested_versions_run(monkeypatch: pytest.MonkeyPatch, runner: str, 
     else:
         with pytest.raises(ConfigError, match=rf"vLLM {version} .*>={TESTED[runner][0]},<{TESTED[runner][1]}"):
             require_tested_vllm(runner)
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_a_cpu_without_bfloat16_is_not_asked_for_it(tmp_path: Path, monkeypatch, has_instructions: bool) -> None:
+    monkeypatch.setattr("engines.engine_options.multiplies_bfloat16", lambda device: has_instructions)
+    found = {
+        (dtype, on_gpu): engine_arguments(TargetConfig(), tmp_path, dtype=dtype, on_gpu=on_gpu)["dtype"]
+        for dtype in ("auto", "bfloat16")
+        for on_gpu in (True, False)
+    }
+    on_cpu = "auto" if has_instructions else "float32"
+    # What a recipe names stays.
+    expected = {("auto", True): "auto", ("auto", False): on_cpu}
+    assert found == expected | {("bfloat16", on_gpu): "bfloat16" for on_gpu in (True, False)}
+
+
+def test_training_takes_the_faster_precision_unless_one_is_named(monkeypatch) -> None:
+    for has_instructions in (True, False):
+        monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda found=has_instructions: found)
+        assert is_half(None, "cpu") is has_instructions
+        assert is_half(None, "cuda")
+        assert is_half("bfloat16", "cpu")
+        assert not is_half("float32", "cuda")

@@ -292,6 +292,52 @@ def test_only_the_step_after_a_prompts_middle_waits_for_it(mailbox, target, echo
     torch.testing.assert_close(echo.seen[1].features[: len(expected)], expected)
 
 
+def test_proposals_that_come_later_are_those_that_come_at_once(mailbox, target, echo) -> None:
+    imagined = ImaginedTarget(seed=8)
+    owed = None
+    for number in range(30):
+        step, late = imagined.step(), number % 3 != 2
+        if owed is not None:
+            echo.delay.clear()
+            tokens = target.collect()
+            for (*_, anchor), ids in zip(owed.seen, tokens.tolist(), strict=True):
+                assert ids == [anchor if anchor >= 0 else -1] * K
+            expected = echo.hello.projection(torch.cat([raw for *_, raw, _ in owed.seen]))
+            torch.testing.assert_close(echo.seen[-1].features[: len(expected)], expected)
+            owed = None
+        assert not target.is_owing
+        if late:
+            echo.delay.set()
+        wanted = any(anchor >= 0 for *_, anchor in step.seen)
+        tokens = target.propose(
+            step.names, step.states, step.tensors, longest=step.longest, k=K, wanted=wanted, comes_later=late
+        )
+        if late:
+            assert (tokens == -1).all()
+            assert mailbox.is_waiting
+            assert target.is_owing == wanted
+            owed = step if wanted else None
+            if not wanted:
+                echo.delay.clear()
+                eventually(lambda: not mailbox.is_waiting)
+    assert (target.asked, target.passed) == (30, 0)
+
+
+def test_proposals_that_are_not_collected_are_lost_with_the_next_step(mailbox, target, echo) -> None:
+    imagined = ImaginedTarget(seed=8)
+    first = imagined.step()
+    while not any(anchor >= 0 for *_, anchor in first.seen):
+        first = imagined.step()
+    target.propose(first.names, first.states, first.tensors, longest=first.longest, k=K, comes_later=True)
+    second = imagined.step()
+    tokens = target.propose(second.names, second.states, second.tensors, longest=second.longest, k=K)
+    for (*_, anchor), ids in zip(second.seen, tokens.tolist(), strict=True):
+        assert ids == [anchor if anchor >= 0 else -1] * K
+    assert [seen.number for seen in echo.seen] == [1, 2]
+    with pytest.raises(RuntimeError, match="no proposals are to come"):
+        target.collect()
+
+
 def test_steps_under_way_are_answered_while_another_draft_is_offered(mailbox, target, echo, monkeypatch) -> None:
     """The projection of a large draft takes longer to write than a target waits."""
     may_write = threading.Event()

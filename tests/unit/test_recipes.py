@@ -29,6 +29,8 @@ def test_recipe_is_valid_and_comes_back_from_its_own_tree(path):
         (["evaluate.new_items.fild=x"], "evaluate.new_items.fild: unknown key (did you mean 'field'?)"),
         (["distill.max_seconds=-5"], "distill.max_seconds: must be positive"),
         (["serve.eight_bit_rows=true"], "serve.eight_bit_rows: needs a target on a GPU"),
+        (["serve.turns_from=48"], "serve.turns_from: needs a target on a GPU"),
+        (["serve.turns_from=1", "serve.target_gpus=1"], "serve.turns_from: needs a target on a GPU"),
         (["serve.num_speculative_tokens=8"], "serve.num_speculative_tokens: K = 8 exceeds block size - 1 = 7"),
         (["generate.samples_per_prompt=2"], "generate.samples_per_prompt"),
         (["generate.max_new_tokens=256"], "generate.max_new_tokens: must leave room"),

@@ -89,7 +89,7 @@ def test_a_version_that_was_not_tested_is_refused_by_name() -> None:
         check_interfaces("0.32")
 
 
-@pytest.mark.parametrize("way", ["same host", pytest.param("sidecar", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("way", ["same host", "later", pytest.param("sidecar", marks=pytest.mark.slow)])
 def test_proposals_are_the_direct_links(draft, vllm_config, monkeypatch, tmp_path, way: str) -> None:
     from engines.speculator import RemoteSpeculator
 
@@ -97,7 +97,7 @@ def test_proposals_are_the_direct_links(draft, vllm_config, monkeypatch, tmp_pat
     write_link_file(tmp_path / "link.json", link_config)
     monkeypatch.setenv(LINK_FILE_VARIABLE, str(tmp_path / "link.json"))
     monkeypatch.setenv(WATCHDOG_VARIABLE, "30000")
-    if way == "same host":
+    if way != "sidecar":
         monkeypatch.setenv(MAILBOX_FOLDER_VARIABLE, str(draft / "boxes"))
     speculator = RemoteSpeculator(vllm_config, torch.device("cpu"))
     link = DraftLink(tmp_path / "link.json", TargetShape(hidden_size=576, vocab_size=49152, layer_ids=LAYER_IDS), K)
@@ -112,6 +112,8 @@ def test_proposals_are_the_direct_links(draft, vllm_config, monkeypatch, tmp_pat
     positions = torch.tensor([*range(7), *range(4)])
     speculator.ks[2] = K - 1
     batch = input_batch(["one", "two"], positions, starts)
+    slots = torch.full((4, K), 7)
+    speculator.begin(batch.req_ids, slots, way == "later")
     proposed = speculator.propose(
         batch,
         {},
@@ -125,6 +127,13 @@ def test_proposals_are_the_direct_links(draft, vllm_config, monkeypatch, tmp_pat
         torch.zeros(4),
         torch.zeros(4),
     )
+    if way == "later":
+        assert not proposed.any()
+        speculator.begin([], slots, False)
+        assert (slots == 7).all()
+        speculator.begin(["two"], slots, False)
+        assert (slots[:2] == 7).all()
+        proposed = slots[2:]
     raw = torch.cat([state[[*range(7), 7, 8]] for state in states], dim=-1)
     rows = [
         ProposalRow(request=1, start=0, num_features=7, last_token=-1),

@@ -83,7 +83,9 @@ class DistillConfig:
     """Decay of the averaged weights that are published; 0 switches averaging off."""
     head_negatives: int | None = 1024
     """Train the head on the ids of the trajectories and this many random others; None uses the whole vocabulary."""
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    precision: Literal["bfloat16", "float32"] | None = None
+    """Of target and products; master weights and optimiser are float32. None is bfloat16 on GPUs and on CPUs that have
+    instructions for it, else float32."""
     num_workers: int = 1
     min_workers: int | None = None
     """Go on with as few workers when nodes are lost, and with more as they come back; None waits for all of them."""

@@ -45,6 +45,10 @@ class ServeConfig:
     eight_bit_rows: bool = False
     """Let the target's features travel to the draft as float8: half the bytes of bfloat16, for slow networks between
     target and draft; the draft sees them a little less precisely. Needs a target on a GPU."""
+    turns_from: int | None = None
+    """From this many running requests on they take turns in two halves, so that one is drafted while the other is
+    verified: for large batches, whose steps take the longer the larger they are. None is never. Needs a target on a GPU
+    of its own, without tensor parallelism; requests with a grammar suspend it."""
     draft_memory_mb: int = 256
     """Bound of the draft's context cache."""
     max_target_replicas: int | None = None
@@ -127,6 +131,11 @@ class ServeConfig:
             not self.eight_bit_rows or self.target_gpus > 0,
             "serve.eight_bit_rows",
             "needs a target on a GPU; set serve.target_gpus, or leave it out",
+        )
+        require(
+            self.turns_from is None or (self.turns_from >= 2 and self.target_gpus > 0),
+            "serve.turns_from",
+            "needs a target on a GPU (serve.target_gpus) and at least 2 requests; or leave it out",
         )
         for name in ("draft_retry_s", "capture_flush_s", "stall_timeout_s"):
             require(getattr(self, name) > 0, f"serve.{name}", "must be positive")

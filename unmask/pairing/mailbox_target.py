@@ -48,6 +48,7 @@ class MailboxTarget:
         self._mailbox, self._words, self._shape, self._device, self._absent = mailbox, words, shape, device, absent
         self._step = mailbox.word(DOORBELL)
         self._unawaited: int | None = None
+        self._owed: tuple[int, int] | None = None
         self._numbers = RequestNumbers()
         self._finished: list[tuple[int, int]] = []
         self._token_words = torch.from_numpy(mailbox.tokens)
@@ -99,6 +100,7 @@ class MailboxTarget:
         k: int,
         hashes: Sequence[Sequence[int]] = (),
         wanted: bool = True,
+        comes_later: bool = False,
         mark: Mark | None = None,
     ) -> Tensor:
         """Proposals of one step, queued on the stream.
@@ -113,6 +115,7 @@ class MailboxTarget:
                 that has too many to tell is sent without.
             wanted: False where all requests are in the midst of their prompts: the draft takes their rows in while the
                 target goes on, and only the next step waits for it.
+            comes_later: return at once; `collect` brings the proposals. Without it they are lost with the next step.
             mark: see `Mark`.
 
         Returns:
@@ -142,7 +145,7 @@ class MailboxTarget:
         if self._unawaited is not None:
             # Its rows lie where those of this step will.
             self._words.wait(REPLY, self._unawaited)
-            self._unawaited = None
+            self._unawaited = self._owed = None
         self._words.write(BEGUN, number)
         mark("begun")
         num_tokens = len(step.positions)
@@ -151,9 +154,30 @@ class MailboxTarget:
         self._pack(step, as_rows(features, self._mailbox.layout.dtype), number, longest)
         self._words.write(DOORBELL, number)
         mark("sent")
-        if not wanted:
+        if not wanted or comes_later:
             self._unawaited = number
+            self._owed = (num_rows, k) if wanted else None
             return torch.full((num_rows, self._mailbox.layout.max_k), self._absent, device=self._device)
+        return self._take(number, num_rows, k, mark)
+
+    @property
+    def is_owing(self) -> bool:
+        """Whether `collect` has proposals to bring."""
+        return self._owed is not None
+
+    def collect(self) -> Tensor:
+        """Proposals of the step that was last asked with `comes_later`, as `propose` returns them; queued likewise.
+
+        Raises:
+            RuntimeError: nothing is owed (see `is_owing`).
+        """
+        if self._owed is None or self._unawaited is None:
+            raise RuntimeError("no proposals are to come")
+        number, (num_rows, k) = self._unawaited, self._owed
+        self._unawaited = self._owed = None
+        return self._take(number, num_rows, k, _no_mark)
+
+    def _take(self, number: int, num_rows: int, k: int, mark: Mark) -> Tensor:
         self._words.wait(REPLY, number)
         mark("answered")
         token_words = self._token_words[:num_rows].to(self._device, non_blocking=True, copy=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unmask.config import DistillConfig
 from unmask.errors import UserError
+from unmask.hardware import is_half
 from unmask.models.dflash import DFlashDraft
 from unmask.objectives.confidence import ConfidenceHead, confidence_loss
 from unmask.objectives.drafting import (
@@ -150,7 +151,7 @@ class DraftTrainer:
         half = torch.autocast(
             self.device.type,
             torch.bfloat16,
-            enabled=self.config.precision == "bfloat16",
+            enabled=is_half(self.config.precision, self.device.type),
             # Weights that were cast outside of a recording would be missing in it.
             cache_enabled=self._recorded is None,
         )
