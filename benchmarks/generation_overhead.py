@@ -279,6 +279,8 @@ def main() -> None:
     )
     if arguments.tiny:
         workload = replace(workload, gpus=0, rows=16, max_new_tokens=8, max_num_seqs=4, rows_per_shard=2)
+    # An embedded model is unpacked here: vLLM forks its engine, which would inherit the threads of that.
+    resolve_target(workload.model)
     runs: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
     for number in range(arguments.pairs):
