@@ -41,7 +41,7 @@ OPTIMIZERS: list[tuple[Literal["adamw", "muon"], float, str, int, int | None]] =
     ("muon", 6e-3, "target", 2048, 4), ("muon", 1.2e-2, "target", 2048, 4), ("muon", 3e-3, "random", 2048, 4),
     ("muon", 2.4e-2, "target", 2048, 4), ("adamw", 3e-3, "target", 2048, 4), ("adamw", 6e-3, "target", 2048, 4),
     ("muon", 6e-3, "target", 4096, 4), ("adamw", 1.5e-3, "target", 2048, None), ("adamw", 3e-3, "target", 2048, None),
-    ("adamw", 6e-3, "target", 2048, None),
+    ("adamw", 6e-3, "target", 2048, None), ("muon", 2.4e-2, "target", 2048, 1), ("muon", 2.4e-2, "target", 2048, None),
 ]  # fmt: skip
 """With their highest rate, the weights to start from, anchors a step, and for how many times the steps of `equal`; None
 is the time of the main training. Measured on the test prompts, and on those by which a rate is chosen."""

@@ -145,7 +145,7 @@ def run_engine(arguments: argparse.Namespace) -> None:
         for concurrency in arguments.concurrency:
             can_take_turns = has_table and mode in REMOTE and concurrency >= LEAST_IN_TURNS
             for halves in (1, 2) if can_take_turns else (1,):
-                if has_table and mode in REMOTE:
+                if has_table:
                     llm.collective_rpc("take_turns_from", args=(2 if halves == 2 else None,))
                 for policy in ("static", "by batch size") if has_table else ("static",):
                     k = 0 if mode == "target" else _k(policy, concurrency // halves)

@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import CompilationMode, SpeculativeConfig, VllmConfig
@@ -98,9 +99,8 @@ class RemoteSpeculator(BaseSpeculator):
         self.num_layers = len(layers)
         self.target: MailboxTarget | None = None
         self._draft_tokens: Tensor | None = None
-        self._comes_later = False
         self._owed: Owed | None = None
-        self._is_warm = False
+        self._comes_later = self._is_warm = False
         if get_tp_group().rank_in_group == 0:
             folder = os.environ.get(MAILBOX_FOLDER_VARIABLE) if folder is None else folder
             self._open(vllm_config, [layer - 1 for layer in layers], folder)
@@ -194,6 +194,7 @@ class RemoteSpeculator(BaseSpeculator):
             if watch is not None:
                 self._follow_load(watch)
                 watch.begin(input_batch.num_scheduled_tokens, self.ks[num_requests], num_sampled)
+            drafting = _drafting(input_batch)
             tokens = self.target.propose(
                 input_batch.req_ids,
                 aux_hidden_states,
@@ -201,12 +202,14 @@ class RemoteSpeculator(BaseSpeculator):
                 longest=int(input_batch.num_scheduled_tokens.max()),
                 k=self.ks[num_requests],
                 hashes=hashes,
-                wanted=_ends_a_prompt(input_batch),
+                wanted=bool(drafting.any()),
                 comes_later=self._comes_later,
                 mark=self.times,
             )
             if self.target.is_owing:
-                self._owed = Owed(frozenset(input_batch.req_ids), input_batch.idx_mapping.clone())
+                # Those in the midst of their prompts may be in the next step, and have none to come.
+                names = itertools.compress(input_batch.req_ids, drafting)
+                self._owed = Owed(frozenset(names), input_batch.idx_mapping.clone())
             if self.times is not None:
                 self.times("end")
             if watch is not None:
@@ -274,9 +277,9 @@ class RemoteSpeculator(BaseSpeculator):
             self._is_warm = True
 
 
-def _ends_a_prompt(batch: InputBatch) -> bool:
-    """Whether any request has its next token sampled in this step."""
-    return bool((batch.num_computed_tokens_np + batch.num_scheduled_tokens >= batch.prefill_len_np).any())
+def _drafting(batch: InputBatch) -> np.ndarray:
+    """Which requests have their next token sampled in this step: bool [R]."""
+    return batch.num_computed_tokens_np + batch.num_scheduled_tokens >= batch.prefill_len_np
 
 
 def _spans(table: Sequence[int]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Owed:
-    """Proposals that come later: whose, and int32 [R] the slots that they belong to."""
+    """Proposals that come later: whose, and int32 [R] the slots of the step's requests."""
 
     names: frozenset[str]
     slots: Tensor

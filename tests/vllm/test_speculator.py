@@ -129,7 +129,9 @@ def test_proposals_are_the_direct_links(draft, vllm_config, monkeypatch, tmp_pat
     )
     if way == "later":
         assert not proposed.any()
+        # Neither an empty step nor one with more of a prompt waits.
         speculator.begin([], slots, False)
+        speculator.begin(["one"], slots, False)
         assert (slots == 7).all()
         speculator.begin(["two"], slots, False)
         assert (slots[:2] == 7).all()
@@ -163,7 +165,7 @@ def input_batch(names: list[str], positions: torch.Tensor, starts: torch.Tensor)
         "num_tokens": len(positions),
         "num_scheduled_tokens": np.diff(starts.numpy()),
         "num_computed_tokens_np": positions[starts[:-1].long()].numpy(),
-        "prefill_len_np": np.ones(len(names), dtype=np.int32),
+        "prefill_len_np": np.array([8, 1][: len(names)], dtype=np.int32),
         "idx_mapping": torch.arange(2, 2 + len(names), dtype=torch.int32),
         "query_start_loc": starts,
         "positions": positions,
