@@ -136,6 +136,9 @@ def run_bare(workload: Workload, folder: Path) -> Timed:
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    from engines.core_process import tie_engine_cores
+
+    tie_engine_cores()
     recipe = workload.recipe(folder / "prompts.jsonl")
     path = resolve_target(recipe.target.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -209,16 +212,21 @@ def run_one(engine: str, workload: Workload) -> None:
     print(json.dumps(timed), flush=True)
 
 
-def record(path: Path, workload: Workload, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Enter the runs into the result file, in place of earlier ones of the same model and GPUs; their summary."""
-    tree = json.loads(path.read_text()) if path.is_file() else {"runs": []}
-    key = (runs[0]["model"], runs[0]["gpus"])
-    tree["runs"] = [run for run in tree["runs"] if (run["model"], run["gpus"]) != key] + [
-        run | {"workload": asdict(workload) | {"model": run["model"]}} for run in runs
-    ]
+def record(path: Path, earlier: list[dict[str, Any]], workload: Workload, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write earlier runs and these ones into the result file; their summary."""
+    tree: dict[str, Any] = {
+        "runs": earlier + [run | {"workload": asdict(workload) | {"model": run["model"]}} for run in runs]
+    }
     tree |= {"machine": machine() | {"gpu": _gpu()}, "summary": _summary(tree["runs"])}
     path.write_text(json.dumps(tree, indent=2) + "\n")
     return tree["summary"]
+
+
+def earlier_runs(path: Path, workload: Workload, keep_all: bool) -> list[dict[str, Any]]:
+    """What the result file holds, without runs of the same model and GPUs unless all are to be kept."""
+    runs = json.loads(path.read_text())["runs"] if path.is_file() else []
+    key = (Path(workload.model).name, workload.gpus)
+    return [run for run in runs if keep_all or (run["model"], run["gpus"]) != key]
 
 
 def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -263,6 +271,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--add", action="store_true", help="to runs of the same model and GPUs in the result file")
     parser.add_argument("--run", nargs=2, metavar=("ENGINE", "WORKLOAD"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
@@ -281,6 +290,7 @@ def main() -> None:
         workload = replace(workload, gpus=0, rows=16, max_new_tokens=8, max_num_seqs=4, rows_per_shard=2)
     # An embedded model is unpacked here: vLLM forks its engine, which would inherit the threads of that.
     resolve_target(workload.model)
+    earlier = earlier_runs(arguments.out, workload, arguments.add) if arguments.out else []
     runs: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
     for number in range(arguments.pairs):
@@ -288,7 +298,7 @@ def main() -> None:
             runs.append(measure("line", workload))
         else:
             runs += measure_pair(workload, number, arguments.side_by_side)
-        summary = record(arguments.out, workload, runs) if arguments.out else _summary(runs)
+        summary = record(arguments.out, earlier, workload, runs) if arguments.out else _summary(runs)
     print(json.dumps(summary, indent=2))
 
 

@@ -49,6 +49,9 @@ class _VllmEngine:
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        from engines.core_process import tie_engine_cores
+
+        tie_engine_cores()
         try:
             self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         except (*_refusals(), TypeError) as error:

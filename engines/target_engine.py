@@ -17,6 +17,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from engines.core_process import tie_engine_cores
 from engines.draft_arguments import (
     EIGHT_BIT_VARIABLE,
     LINK_FILE_VARIABLE,
@@ -206,6 +207,7 @@ class TargetEngine:
         if self._draft is not None and self._draft.timeout_ms is not None:
             # The sidecar gives up first, and says so; the watchdog is for when it cannot.
             variables[WATCHDOG_VARIABLE] = f"{_WATCHDOG_SHARE * self._draft.timeout_ms:g}"
+        tie_engine_cores()
         try:
             with _environment(variables):
                 return AsyncLLM.from_engine_args(
