@@ -8,7 +8,9 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import tempfile
+import threading
 from pathlib import Path
 
 from unmask.errors import ConfigError, UserError
@@ -39,7 +41,8 @@ def connect(*, num_cpus: float = 1, num_gpus: float = 0) -> None:
     """Join the cluster named by `RAY_ADDRESS`, or start a private one; do nothing inside an initialised Ray.
 
     A private cluster demands a token of its own, keeps its files in a short-named folder that goes when the
-    process ends, and counts at least `num_cpus` CPUs, so that a pipeline runs on any machine.
+    process ends, and counts at least `num_cpus` CPUs, so that a pipeline runs on any machine. A handler of SIGTERM
+    that the caller has set stays in place.
 
     Args:
         num_cpus: CPUs that the pipeline needs at the same time.
@@ -55,10 +58,16 @@ def connect(*, num_cpus: float = 1, num_gpus: float = 0) -> None:
 
     if ray.is_initialized():
         return
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     if address:
         ray.init(address=address, log_to_driver=False)
+    else:
+        _start_private(max(os.cpu_count() or 1, math.ceil(num_cpus)))
+    if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+        # Ray's own ends a private cluster under the work, which then fails instead of being stopped.
+        signal.signal(signal.SIGTERM, on_sigterm)
+    if address:
         return
-    _start_private(max(os.cpu_count() or 1, math.ceil(num_cpus)))
     available = ray.cluster_resources().get("GPU", 0)
     if num_gpus > available:
         raise ConfigError(

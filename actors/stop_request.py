@@ -1,4 +1,4 @@
-"""A request to a training to save its state and end, made by SIGTERM: a spot notice, or the stop of a job."""
+"""SIGTERM (a spot notice, the stop of a job): an interruption, or a request to a training to save its state and end."""
 
 from __future__ import annotations
 
@@ -14,6 +14,19 @@ _LOOK_S = 0.2
 
 class StoppedError(RuntimeError):
     """A run that was asked to stop, has saved its state, and can be resumed."""
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Inside, SIGTERM is what Ctrl-C is: KeyboardInterrupt. Does nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class StopRequest:

@@ -77,14 +77,19 @@ class Workload:
 
 
 class TimedEngine(OfflineEngine):
-    """Notes in a file when its first request came and its last one ended, and the tokens between."""
+    """Notes in a file when its first request came and its last one ended, and the tokens between.
 
-    def __init__(self, arguments: dict[str, Any], *, on_gpu: bool = False, notes: str) -> None:
+    It is ready when all `engines` are: the first would run alone while the others load.
+    """
+
+    def __init__(self, arguments: dict[str, Any], *, on_gpu: bool = False, notes: str, engines: int) -> None:
         super().__init__(arguments, on_gpu=on_gpu)
         for future in [OfflineEngine.submit(self, ids, SamplingOptions(max_tokens=4)) for ids in WARM_UP]:
             future.result()
         descriptor, self._notes = tempfile.mkstemp(dir=notes)
         open(descriptor).close()  # noqa: PTH123 - a descriptor, not a path
+        while len(list(Path(notes).iterdir())) < engines:
+            time.sleep(0.05)
         self._lock = threading.Lock()
         self._first: float | None = None
         self._tokens = self._pending = 0
@@ -117,7 +122,8 @@ def run_line(workload: Workload, folder: Path) -> Timed:
     notes = folder / "notes"
     notes.mkdir()
     recipe = workload.recipe(folder / "prompts.jsonl")
-    report = generate(recipe, folder / "run", engine_factory=partial(TimedEngine, notes=str(notes)))
+    factory = partial(TimedEngine, notes=str(notes), engines=max(1, workload.gpus))
+    report = generate(recipe, folder / "run", engine_factory=factory)
     assert report.rows == workload.rows
     seen = [json.loads(path.read_text()) for path in notes.iterdir()]
     first, last = min(note[0] for note in seen), max(note[1] for note in seen)
@@ -187,7 +193,9 @@ def measure(engine: str, workload: Workload, gpu: int | None = None) -> dict[str
     command = [sys.executable, "-m", "benchmarks.generation_overhead", "--run", engine, json.dumps(asdict(workload))]
     seen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | seen)
-    tokens, seconds = json.loads(ended.stdout.splitlines()[-1])
+    *log, timed = ended.stdout.splitlines()
+    print(*log, sep="\n", file=sys.stderr)
+    tokens, seconds = json.loads(timed)
     figures = {
         "engine": engine, "model": Path(workload.model).name, "gpus": workload.gpus,
         "tokens_per_second": round(tokens / seconds, 1), "tokens": tokens, "seconds": round(seconds, 2), "gpu": gpu,

@@ -10,7 +10,6 @@ import dataclasses
 import logging
 import pkgutil
 import runpy
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import NoReturn
 import yaml
 
 from actors.cluster import FaultError, explain
-from actors.stop_request import StoppedError
+from actors.stop_request import StoppedError, sigterm_interrupts
 from unmask.config import Recipe
 from unmask.errors import ConfigError, UserError, nearest
 from unmask.recipe import load_recipe, to_tree
@@ -67,18 +66,15 @@ def run_pipeline(
         if arguments.plan:
             sys.stdout.write(yaml.safe_dump(to_tree(recipe), sort_keys=False) + plan(recipe))
             return DONE
-        sys.stdout.write(main(Invocation(recipe=recipe, fresh=arguments.fresh)) + "\n")
+        with sigterm_interrupts():
+            last_line = main(Invocation(recipe=recipe, fresh=arguments.fresh))
+        sys.stdout.write(last_line + "\n")
     except UserError as error:
         return _fail(USER_ERROR, str(error))
     except (FaultError, OSError) as error:
         # An OSError is a disk or store that is full, read-only or gone: what is finished stays, and is resumed from.
         return _fail(FAULT, str(error))
     except (KeyboardInterrupt, StoppedError):
-        return _fail(INTERRUPTED, _STOPPED)
-    except SystemExit as error:
-        # Ray's own handler of SIGTERM, in stages that have none.
-        if error.code != signal.SIGTERM:
-            raise
         return _fail(INTERRUPTED, _STOPPED)
     except Exception as error:
         if not type(error).__module__.startswith("ray."):

@@ -12,6 +12,7 @@ import threading
 import yaml
 
 from actors.cluster import FaultError, connect
+from actors.stop_request import sigterm_interrupts
 from unmask.config import Recipe
 from unmask.errors import UserError
 from unmask.placement import serve_demands
@@ -21,7 +22,7 @@ _SECTIONS = ("target", "serve")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; answers the exit code: 0 done, 2 the user can mend it, 3 a fault."""
+    """Run the command line; answers the exit code: 0 done, 2 the user can mend it, 3 a fault, 130 stopped early."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     arguments = _parse(argv)
     try:
@@ -29,7 +30,11 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.plan:
             sys.stdout.write(plan(recipe))
             return 0
-        serve_until_stopped(recipe)
+        with sigterm_interrupts():
+            serve_until_stopped(recipe)
+    except KeyboardInterrupt:
+        sys.stderr.write("error: stopped before it could serve\n")
+        return 130
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -70,6 +73,18 @@ def test_outcomes_have_their_exit_codes(recipe: str, raised: BaseException, code
         raise raised
 
     assert run_pipeline(main, [recipe]) == code
+
+
+def test_sigterm_stops_as_ctrl_c_does(recipe: str) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def main(invocation: Invocation) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        return "never"
+
+    assert run_pipeline(main, [recipe]) == INTERRUPTED
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_plan_prints_and_does_nothing(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
