@@ -146,7 +146,8 @@ def run_engine(arguments: argparse.Namespace) -> None:
             can_take_turns = has_table and mode in REMOTE and concurrency >= LEAST_IN_TURNS
             for halves in (1, 2) if can_take_turns else (1,):
                 if has_table:
-                    llm.collective_rpc("take_turns_from", args=(2 if halves == 2 else None,))
+                    least = max(2, 3 * concurrency // 4) if halves == 2 else None
+                    llm.collective_rpc("take_turns_from", args=(least,))
                 for policy in ("static", "by batch size") if has_table else ("static",):
                     k = 0 if mode == "target" else _k(policy, concurrency // halves)
                     if policy != "static" and k == K:
@@ -201,6 +202,7 @@ def measure(
         "gpus": 0 if arguments.tiny else (1 if mode in ("target", "native") else arguments.gpus),
         "machine": machine_of(arguments),
         "period_ms": round(period, 3),
+        "late_wait_ms": round(times["late_wait"], 3) if "late_wait" in times else None,
         "start_ms": round(_start_ms(llm, arguments, concurrency), 3),
         "policy": policy + (", in turns" if halves == 2 else ""),
         "transport": ("socket" if arguments.tiny else REMOTE[mode]) if mode in REMOTE else None,

@@ -101,10 +101,8 @@ def _with_speculator(arguments: dict[str, Any], draft: RemoteDraftOptions) -> di
     for name in ("speculative_config", "worker_extension_cls"):
         if name in arguments:
             raise ConfigError("must not be set with a remote draft; remove it", field=f"target.engine.{name}")
-    is_alone = arguments.get("tensor_parallel_size", 1) == 1 and arguments.get("async_scheduling", True)
-    if draft.turns_from is not None and not is_alone:
-        reason = "needs asynchronous scheduling and a target without tensor parallelism; leave it out"
-        raise ConfigError(reason, field="serve.turns_from")
+    if draft.turns_from is not None:
+        _check_turns(arguments, draft.turns_from)
     folder = draft.link_file.absolute().parent / f"{draft.link_file.stem}_shape"
     write_draft_shape(folder, Path(arguments["model"]), draft.layer_ids)
     speculation: dict[str, Any] = {
@@ -122,6 +120,18 @@ def _with_speculator(arguments: dict[str, Any], draft: RemoteDraftOptions) -> di
         "worker_extension_cls": WORKER_EXTENSION,
         "enable_prefix_caching": arguments.get("enable_prefix_caching", False),
     }
+
+
+def _check_turns(arguments: dict[str, Any], turns_from: int) -> None:
+    world_size = arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
+    # Elsewhere the scheduler is in another process than the one that knows the draft.
+    is_one_process = world_size == 1 and arguments.get("distributed_executor_backend", "uni") == "uni"
+    if not is_one_process or not arguments.get("async_scheduling", True):
+        reason = "needs asynchronous scheduling and a target of one process; leave it out"
+        raise ConfigError(reason, field="serve.turns_from")
+    most = arguments.get("max_num_seqs", turns_from)
+    if turns_from > most:
+        raise ConfigError(f"must be at most {most}, the requests that run at once", field="serve.turns_from")
 
 
 def first_spans(k: int, max_num_seqs: int) -> tuple[tuple[int, int, int], ...]:

@@ -35,8 +35,8 @@ from engines.draft_arguments import (
 from engines.load_watch import LoadWatch
 from engines.prompt_hashes import PromptHashes
 from engines.runner_hooks import schedulers
-from engines.step_times import StepTimes
-from engines.turns import Owed
+from engines.step_times import NO_TIMES, StepTimes
+from engines.turns import Owed, turns
 from unmask.errors import ConfigError
 from unmask.files import private_folder
 from unmask.pairing.attendants import Attendants
@@ -179,16 +179,18 @@ class RemoteSpeculator(BaseSpeculator):
         if dummy_run or is_profile:
             self._prepare(sampled)
             return torch.zeros(num_requests, self.max_k, dtype=torch.int64, device=self.device)
+        times = self.times or NO_TIMES
+        times.begin(num_requests)
         self._collect()
+        times("collected")
         tokens = torch.full((num_requests, self.max_k), self.absent, dtype=torch.int64, device=self.device)
         if self.target is not None:
             self.target.start()
         hashes = self._prompts.of(input_batch.req_ids, input_batch.num_scheduled_tokens) if self._prompts else ()
         if self.target is not None and aux_hidden_states is not None:
-            if self.times is not None:
-                self.times.begin(num_requests)
+            turns.has_draft = self.target.is_ready
             watch = self.watch
-            if watch is not None and not self.target.is_ready:
+            if watch is not None and (self._comes_later or not self.target.is_ready):
                 watch.skip()
                 watch = None
             if watch is not None:
@@ -204,14 +206,13 @@ class RemoteSpeculator(BaseSpeculator):
                 hashes=hashes,
                 wanted=bool(drafting.any()),
                 comes_later=self._comes_later,
-                mark=self.times,
+                mark=times,
             )
             if self.target.is_owing:
                 # Those in the midst of their prompts may be in the next step, and have none to come.
                 names = itertools.compress(input_batch.req_ids, drafting)
                 self._owed = Owed(frozenset(names), input_batch.idx_mapping.clone())
-            if self.times is not None:
-                self.times("end")
+            times("end")
             if watch is not None:
                 watch.answered()
         group = get_tp_group()

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import torch
 
-PARTS = ("verify", "features", "wait", "reply")
-"""Of a step with a remote draft: the target's forward and sampling, projection and packing, from the doorbell to the
-reply, and the tokens' way in."""
+PARTS = ("verify", "late_wait", "features", "wait", "reply")
+"""Of a step with a remote draft: the target's forward and sampling, the wait for the other half's tokens where halves
+take turns, projection and packing, from the doorbell to the reply, and the tokens' way in."""
 
 Moment = Callable[[], float]
 """Milliseconds since an arbitrary time, once it is known."""
@@ -54,15 +54,30 @@ class StepTimes:
             if not {"start", "end"} <= step.keys() or "start" not in following:
                 continue
             spans = {"period": (step["start"], following["start"]), "verify": (step["end"], following["start"])}
+            if "sent" in step:
+                spans["late_wait"] = step["start"], step["collected"]
+                spans["features"] = step["collected"], step["sent"]
             if "taken" in step:
-                spans["features"] = step["start"], step["sent"]
                 spans["wait"] = step["sent"], step["answered"]
                 spans["reply"] = step["answered"], step["end"]
-            else:
+            elif "sent" not in step:
                 spans["draft"] = step["start"], step["end"]
             for name, (a, b) in spans.items():
                 parts.setdefault(name, []).append(_between(a, b))
         return {name: statistics.median(values) for name, values in parts.items()}
+
+
+class _NoTimes:
+    """Nobody measures."""
+
+    def begin(self, batch_size: int) -> None:
+        """See `StepTimes.begin`."""
+
+    def __call__(self, name: str) -> None:
+        """A mark that nobody takes."""
+
+
+NO_TIMES = _NoTimes()
 
 
 def _between(first: torch.cuda.Event | float, last: torch.cuda.Event | float) -> float:

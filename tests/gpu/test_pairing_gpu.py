@@ -295,6 +295,16 @@ def v2_engine(target: Path, way: str | None, draft: Draft | None = None, **optio
             yield llm
 
 
+@contextmanager
+def taking_turns(llm: Any, least: int | None) -> Iterator[None]:
+    """Requests take turns in two halves, from so many on."""
+    llm.collective_rpc("take_turns_from", args=(least,))
+    try:
+        yield
+    finally:
+        llm.collective_rpc("take_turns_from", args=(None,))
+
+
 def counters(llm: Any) -> dict[str, int]:
     return llm.collective_rpc("draft_counters")[0]
 
@@ -394,17 +404,13 @@ def test_requests_that_take_turns_say_the_same(llm: Any, plain: Plain) -> None:
     counts = []
     for least in (None, 2):
         before = accepted(llm), counters(llm)
-        llm.collective_rpc("take_turns_from", args=(least,))
-        try:
+        with taking_turns(llm, least):
             assert fresh_greedy(llm, prompts(24, seed=4), 64) == plain.greedy
-        finally:
-            llm.collective_rpc("take_turns_from", args=(None,))
         eventually(lambda: counters(llm)["asked"] == counters(llm)["answered"])
         counts.append((accepted(llm) - before[0], counters(llm)["asked"] - before[1]["asked"]))
     (at_once, steps), (in_turns, more_steps) = counts
     assert more_steps > 1.5 * steps
-    # Those that go over to the other half lose a step's.
-    assert in_turns >= 0.8 * at_once
+    assert in_turns >= 0.97 * at_once
 
 
 def test_a_shared_prompt_is_no_gap_with_prefix_caching(llm: Any, draft: Draft, plain: Plain) -> None:
@@ -418,11 +424,13 @@ def test_a_shared_prompt_is_no_gap_with_prefix_caching(llm: Any, draft: Draft, p
     assert after.proposals_with_gap == before.proposals_with_gap
 
 
-def test_thousands_of_requests_leave_nothing_behind(llm: Any, draft: Draft, plain: Plain) -> None:
+@pytest.mark.parametrize("least", [None, 2], ids=["at once", "in turns"])
+def test_thousands_of_requests_leave_nothing_behind(llm: Any, draft: Draft, plain: Plain, least: int | None) -> None:
     """Random lengths, aborts, sampling settings and concurrency; no token of a greedy request differs."""
     from tests.vllm.vllm_tools import greedy
 
-    fuzz, texts = Fuzz.drawn(), run_fuzz(llm, Fuzz.drawn(), plain)
+    with taking_turns(llm, least):
+        fuzz, texts = Fuzz.drawn(), run_fuzz(llm, Fuzz.drawn(), plain)
     for i, text in plain.fuzzed.items():
         seen = texts.get(i, [])
         assert seen == text[: len(seen)]

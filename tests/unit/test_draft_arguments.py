@@ -33,6 +33,9 @@ def test_what_contradicts_a_draft_on_a_gpu_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
         with_remote_draft({"model": str(tmp_path)}, options, "v2")
     in_turns = replace(options, turns_from=32)
-    for arguments in ({"tensor_parallel_size": 2}, {"async_scheduling": False}):
+    parallel = ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"distributed_executor_backend": "mp"})
+    for arguments in (*parallel, {"async_scheduling": False}):
         with pytest.raises(ConfigError, match=r"serve\.turns_from: needs asynchronous scheduling"):
             with_remote_draft({"model": str(tmp_path)} | arguments, in_turns, "v2")
+    with pytest.raises(ConfigError, match=r"serve\.turns_from: must be at most 31"):
+        with_remote_draft({"model": str(tmp_path), "max_num_seqs": 31}, in_turns, "v2")
