@@ -200,7 +200,8 @@ def test_every_row_once_and_as_undisturbed(
     conclude("F12", f"SIGKILL of the {victim}, run {seed} of {rows} rows", f"after {before} shards", findings)
 
 
-@pytest.mark.parametrize("kind", ["private", pytest.param("joined", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["private", "joined"])
 def test_sigterm_ends_in_order(cluster: TestCluster, tmp_path: Path, kind: str) -> None:
     address, labels = (cluster.address, {"role": "generate"}) if kind == "joined" else ("", {})
     recipe = write_recipe(tmp_path, [f"Name {n} animals." for n in range(200)], labels=labels)

@@ -146,6 +146,35 @@ def test_without_a_cluster_what_this_machine_lacks_is_the_recipes_mistake(recipe
     assert "error: generate: no node is labelled role=generate; this machine is all there is" in ended.stderr
 
 
+WAITS = """
+import sys, time
+from actors.cluster import connect
+from pipelines.cli import run_pipeline
+
+def wait(invocation):
+    connect()
+    print("connected", flush=True)
+    time.sleep(300)
+
+sys.exit(run_pipeline(wait, sys.argv[1:]))
+"""
+
+
+def test_sigterm_is_ctrl_c_without_a_cluster_too(recipe: Path) -> None:
+    """Ray's own handler would end the private cluster first, and the work would fail for want of it."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", WAITS, str(recipe)]
+    with subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as driver:
+        assert driver.stdout.readline() == "connected\n"
+        driver.terminate()
+        _, errors = driver.communicate(timeout=120)
+    assert driver.returncode == 130, errors
+    assert [line for line in errors.splitlines() if "SIGTERM" in line] == []
+    assert errors.splitlines()[-1].endswith("stopped; run the same command again to go on from here")
+
+
 @pytest.mark.slow
 def test_the_whole_line_is_one_job(head: Head, recipe: Path) -> None:
     ended = submit(head, "pipelines.run", str(recipe), name="line")
