@@ -19,7 +19,7 @@ RAY_ENVIRONMENT = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.proxy.middlewares",
     # A replica that does not answer has nothing to drain, and its requests wait for its end.
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
-    # A killed replica's engine is a process of its own: left alone it would hold the GPU for ever.
+    # What a killed replica had started goes with it: all of it, at once, and not the engine alone.
     "RAY_process_group_cleanup_enabled": "1",
     # Ray's workers would stand behind every other process of the machine, which a request waits for.
     "RAY_worker_niceness": "0",
@@ -66,10 +66,7 @@ def connect(*, num_cpus: float = 1, num_gpus: float = 0) -> None:
     if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
         # Ray's own ends a private cluster under the work, which then fails instead of being stopped.
         signal.signal(signal.SIGTERM, on_sigterm)
-    if address:
-        return
-    available = ray.cluster_resources().get("GPU", 0)
-    if num_gpus > available:
+    if not address and num_gpus > (available := ray.cluster_resources().get("GPU", 0)):
         raise ConfigError(
             f"the recipe asks for {num_gpus:g} GPUs and this machine has {available:g}; "
             "set RAY_ADDRESS to a cluster, or ask for less"

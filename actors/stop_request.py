@@ -5,9 +5,10 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import FrameType
 
 _LOOK_S = 0.2
 
@@ -16,17 +17,9 @@ class StoppedError(RuntimeError):
     """A run that was asked to stop, has saved its state, and can be resumed."""
 
 
-@contextmanager
-def sigterm_interrupts() -> Iterator[None]:
+def sigterm_interrupts() -> AbstractContextManager[None]:
     """Inside, SIGTERM is what Ctrl-C is: KeyboardInterrupt. Does nothing outside the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return _on_sigterm(signal.default_int_handler)
 
 
 class StopRequest:
@@ -52,14 +45,18 @@ class StopRequest:
             self._looked_at, self._made = now, self._path.exists()
         return self._made
 
-    @contextmanager
-    def by_sigterm(self) -> Iterator[None]:
+    def by_sigterm(self) -> AbstractContextManager[None]:
         """Let SIGTERM make the request, in place of ending the process. Does nothing outside the main thread."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGTERM, lambda *_: self.make())
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        return _on_sigterm(lambda *_: self.make())
+
+
+@contextmanager
+def _on_sigterm(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

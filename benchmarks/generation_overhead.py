@@ -4,9 +4,8 @@
 
 Both get the same prompts, tokenise them and draw greedily; both are timed from their first request to their last
 token: loading and warm-up are left out, all else (tokenising, scheduling, files, the drain at the end) is not.
-Runs alternate, each in a process of its own; with `--side-by-side` the two of a pair run at once, on two GPUs which
-they swap from pair to pair. `--gpus 2` runs the line alone. `--dummy qwen3-8b` makes a network of that shape with
-random weights, in `--work`. `--tiny` proves the script on a CPU: its figures mean little.
+Runs alternate, each in a process of its own. `--gpus 2` runs the line alone. `--dummy qwen3-8b` makes a network of that
+shape with random weights, in `--work`. `--tiny` proves the script on a CPU: its figures mean little.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -188,28 +187,19 @@ def write_prompts(path: Path, rows: int) -> None:
             file.write(json.dumps({"prompt": text}) + "\n")
 
 
-def measure(engine: str, workload: Workload, gpu: int | None = None) -> dict[str, Any]:
-    """One run in a process of its own, which sees that GPU alone; all of them if it is None."""
+def measure(engine: str, workload: Workload) -> dict[str, Any]:
+    """One run in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.generation_overhead", "--run", engine, json.dumps(asdict(workload))]
-    seen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
-    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | seen)
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     *log, timed = ended.stdout.splitlines()
     print(*log, sep="\n", file=sys.stderr)
     tokens, seconds = json.loads(timed)
     figures = {
         "engine": engine, "model": Path(workload.model).name, "gpus": workload.gpus,
-        "tokens_per_second": round(tokens / seconds, 1), "tokens": tokens, "seconds": round(seconds, 2), "gpu": gpu,
+        "tokens_per_second": round(tokens / seconds, 1), "tokens": tokens, "seconds": round(seconds, 2),
     }  # fmt: skip
     print(json.dumps(figures), flush=True)
     return figures
-
-
-def measure_pair(workload: Workload, number: int, side_by_side: bool) -> list[dict[str, Any]]:
-    """Both engines; which is first, or which has which GPU, changes from pair to pair."""
-    if not side_by_side:
-        return [measure(engine, workload) for engine in (ENGINES if number % 2 == 0 else ENGINES[::-1])]
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(measure, ENGINES, [workload] * 2, (number % 2, 1 - number % 2)))
 
 
 def run_one(engine: str, workload: Workload) -> None:
@@ -271,7 +261,6 @@ def main() -> None:
     parser.add_argument("--dummy", choices=["qwen3-8b"])
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--side-by-side", action="store_true")
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--max-num-seqs", type=int, default=256)
@@ -302,10 +291,9 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
     for number in range(arguments.pairs):
-        if workload.gpus > 1:
-            runs.append(measure("line", workload))
-        else:
-            runs += measure_pair(workload, number, arguments.side_by_side)
+        # The line alone on several GPUs; else both, and which is first changes from pair to pair.
+        engines = ["line"] if workload.gpus > 1 else ENGINES[:: -1 if number % 2 else 1]
+        runs += [measure(engine, workload) for engine in engines]
         summary = record(arguments.out, earlier, workload, runs) if arguments.out else _summary(runs)
     print(json.dumps(summary, indent=2))
 
