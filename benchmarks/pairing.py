@@ -22,13 +22,13 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.demo import machine
-from benchmarks.pairing_engines import POLICY, engine_options
+from benchmarks.pairing_engines import engine_options, k_by_batch_size
 from benchmarks.pairing_shapes import SHAPES, K, shape_folder
 from engines.draft_arguments import LINK_FILE_VARIABLE, MAILBOX_FOLDER_VARIABLE, WATCHDOG_VARIABLE
 from unmask.pairing.link_file import LinkConfig, read_link_file, write_link_file
@@ -36,8 +36,10 @@ from unmask.pairing.status import read_status
 
 SECRET = b"a benchmark of one machine, 0123"
 PROMPT_TOKENS = 128
-LEAST_IN_TURNS = 16
+LEAST_IN_TURNS = 64
 """Concurrency from which requests that take turns in two halves are measured too."""
+LEARNING = 4
+"""Batches before one is measured whose K the engine chooses by itself: it does so every 128 steps."""
 STARTS = 5
 """How often the start of a batch is measured."""
 REMOTE = {"remote": "shared memory", "tcp": "sidecar over TCP", "production": "shared memory"}
@@ -142,63 +144,67 @@ def run_engine(arguments: argparse.Namespace) -> None:
             llm.collective_rpc("choose_draft", args=(mode,))
         if mode in REMOTE:
             await_draft(llm, arguments)
-        for concurrency in arguments.concurrency:
-            can_take_turns = has_table and mode in REMOTE and concurrency >= LEAST_IN_TURNS
-            for halves in (1, 2) if can_take_turns else (1,):
-                if has_table:
-                    least = max(2, 3 * concurrency // 4) if halves == 2 else None
-                    llm.collective_rpc("take_turns_from", args=(least,))
-                for policy in ("static", "by batch size") if has_table else ("static",):
-                    k = 0 if mode == "target" else _k(policy, concurrency // halves)
-                    if policy != "static" and k == K:
-                        continue
-                    if has_table:
-                        table = [k] * (max(arguments.concurrency) + 1)
-                        llm.collective_rpc("set_speculation", args=(table,))
-                    row = measure(llm, arguments, mode, concurrency, k, policy, halves)
-                    print(json.dumps(row), flush=True)
+        for case in cases(mode, arguments.concurrency, has_table):
+            if has_table:
+                least = max(2, 3 * case.concurrency // 4) if case.halves == 2 else None
+                llm.collective_rpc("take_turns_from", args=(least,))
+            if has_table and case.k is not None:
+                llm.collective_rpc("set_speculation", args=([case.k] * (max(arguments.concurrency) + 1),))
+            print(json.dumps(measure(llm, arguments, case)), flush=True)
 
 
-def measure(
-    llm: Any, arguments: argparse.Namespace, mode: str, concurrency: int, k: int, policy: str, halves: int
-) -> dict[str, Any]:
-    """One row; of `halves` 2 the requests take turns, and the parts are those of one half's step."""
+class Case(NamedTuple):
+    """What one row is of; `k` None is left to the engine, `halves` 2 is requests that take turns."""
+
+    mode: str
+    concurrency: int
+    policy: str
+    k: int | None
+    halves: int = 1
+
+
+def cases(mode: str, concurrencies: Sequence[int], has_table: bool) -> Iterator[Case]:
+    """What is measured in one mode. `has_table`: the engine knows a K by batch size."""
+    if mode == "production" and has_table:
+        # Before any other: a K that was set stays.
+        for concurrency in concurrencies:
+            yield Case(mode, concurrency, "by load", None)
+    for concurrency in concurrencies:
+        can_take_turns = has_table and mode in REMOTE and concurrency >= LEAST_IN_TURNS
+        for halves in (1, 2) if can_take_turns else (1,):
+            yield Case(mode, concurrency, "static", 0 if mode == "target" else K, halves)
+            k = k_by_batch_size(concurrency // halves)
+            if has_table and mode != "production" and k != K:
+                yield Case(mode, concurrency, "by batch size", k, halves)
+
+
+def measure(llm: Any, arguments: argparse.Namespace, case: Case) -> dict[str, Any]:
+    """One row; where requests take turns, the parts are those of one half's step."""
+    mode, concurrency, policy, k, halves = case
     timed = not arguments.tiny and mode != "target"
     length = arguments.tokens * (1 if concurrency > 1 else 2)
     # Acceptance is drawn, and a start may be held up: some hundred steps of few requests would leave it to chance.
     rounds = 1 if arguments.tiny or mode == "target" else max(1, min(8, 32 // concurrency))
-    _generate(llm, arguments, concurrency, max(length // 8, K))
+    for warm_up in [max(length // 8, K)] if k is not None else [length] * LEARNING:
+        _generate(llm, arguments, concurrency, warm_up)
     before, counted = counters_of(llm), _asked(llm, arguments, mode)
     if timed:
         llm.collective_rpc("measure_steps", args=(concurrency // halves,))
     seconds = sum(_generate(llm, arguments, concurrency, length) for _ in range(rounds))
     times = llm.collective_rpc("step_times")[0] if timed else {}
     after, asked = counters_of(llm), _asked(llm, arguments, mode)
-    drafts = after.get("drafts", 0) - before.get("drafts", 0)
-    accepted = after.get("accepted", 0) - before.get("accepted", 0)
-    tau = 1 + accepted / drafts if drafts else 1.0
+    found = {name: after[name] - before.get(name, 0) for name in after}
+    drafts = found.get("drafts", 0)
+    tau = 1 + found["accepted"] / drafts if drafts else 1.0
     period = halves * times.get("period", 1000 * seconds * tau / length / rounds / halves)
-    draft_ms = times.get("draft")
-    if asked:
-        steps = asked["answered"] - counted["answered"]
-        draft_ms = (asked["draft_us"] - counted["draft_us"]) / max(steps, 1) / 1000
-    wait = times.get("wait")
-    parts = {
-        "verify": times.get("verify", period if mode == "target" else None),
-        "features": times.get("features"),
-        # The draft's time is a mean over all steps, the others are medians of full ones: they need not add up.
-        "transport": wait - draft_ms if wait is not None and draft_ms is not None else None,
-        "draft": draft_ms,
-        "reply": times.get("reply"),
-    }
     return {
         "mode": "remote" if mode in REMOTE else mode,
         "shape": arguments.shape,
         "concurrency": concurrency,
         "acceptance_length": round(tau, 3),
-        "k": k,
+        "k": round(found["drafted"] / drafts, 2) if k is None else k,
         "output_tokens_per_second": round(concurrency * length * rounds / seconds, 1),
-        "step_ms": {name: round(value, 3) if value is not None else None for name, value in parts.items()},
+        "step_ms": _parts(mode, period, times, counted, asked),
         "gpus": 0 if arguments.tiny else (1 if mode in ("target", "native") else arguments.gpus),
         "machine": machine_of(arguments),
         "period_ms": round(period, 3),
@@ -214,8 +220,23 @@ def measure(
     }
 
 
-def _k(policy: str, concurrency: int) -> int:
-    return K if policy == "static" else next(k for first, last, k in POLICY if first <= concurrency <= last)
+def _parts(
+    mode: str, period: float, times: dict[str, float], counted: dict[str, float], asked: dict[str, float]
+) -> dict[str, float | None]:
+    """Milliseconds of a step's parts, from its times and what the draft had been asked before and after."""
+    draft_ms, wait = times.get("draft"), times.get("wait")
+    if asked:
+        steps = asked["answered"] - counted["answered"]
+        draft_ms = (asked["draft_us"] - counted["draft_us"]) / max(steps, 1) / 1000
+    parts = {
+        "verify": times.get("verify", period if mode == "target" else None),
+        "features": times.get("features"),
+        # The draft's time is a mean over all steps, the others are medians of full ones: they need not add up.
+        "transport": wait - draft_ms if wait is not None and draft_ms is not None else None,
+        "draft": draft_ms,
+        "reply": times.get("reply"),
+    }
+    return {name: round(value, 3) if value is not None else None for name, value in parts.items()}
 
 
 def _generate(llm: Any, arguments: argparse.Namespace, concurrency: int, length: int) -> float:
@@ -247,8 +268,12 @@ def _kv_cache_tokens(llm: Any) -> int:
 
 
 def counters_of(llm: Any) -> dict[str, float]:
-    """Drafts that were verified so far, and tokens of them that were accepted."""
-    names = {"vllm:spec_decode_num_drafts": "drafts", "vllm:spec_decode_num_accepted_tokens": "accepted"}
+    """Drafts that were verified so far, their tokens, and those of them that were accepted."""
+    names = {
+        "vllm:spec_decode_num_drafts": "drafts",
+        "vllm:spec_decode_num_draft_tokens": "drafted",
+        "vllm:spec_decode_num_accepted_tokens": "accepted",
+    }
     return {names[metric.name]: metric.value for metric in llm.get_metrics() if metric.name in names}
 
 

@@ -6,7 +6,14 @@ import argparse
 from typing import Any
 
 from benchmarks.pairing_shapes import SHAPES, K
-from engines.draft_arguments import AUX_LAYERS_KEY, REMOTE_DRAFT, RemoteDraftOptions, graphs_of, with_remote_draft
+from engines.draft_arguments import (
+    AUX_LAYERS_KEY,
+    REMOTE_DRAFT,
+    RemoteDraftOptions,
+    first_spans,
+    graphs_of,
+    with_remote_draft,
+)
 
 RATE = 0.86
 SYNTHETIC = {
@@ -17,7 +24,7 @@ SYNTHETIC = {
 MEMORY_BYTES = 48e9
 """Of an engine: 0.6 of an 80 GB card, so that what the cache holds compares from card to card."""
 POLICY = ((1, 16, 15), (17, 4096, 7))
-"""K by batch size: of the remote pairing, and of vLLM's dynamic K."""
+"""K by batch size, the best of vLLM's dynamic ones: its draft does not get cheaper with K."""
 
 
 def engine_options(arguments: argparse.Namespace, modes: tuple[str, ...]) -> dict[str, Any]:
@@ -36,7 +43,8 @@ def engine_options(arguments: argparse.Namespace, modes: tuple[str, ...]) -> dic
     if arguments.tiny:
         options |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "max_num_batched_tokens": 512}
     else:
-        ks = {0} if modes == ("target",) else {k for *_, k in POLICY}
+        spans = first_spans(K, most) if modes == ("production",) else POLICY
+        ks = {0} if modes == ("target",) else {k for *_, k in spans}
         options |= {
             "gpu_memory_utilization": _share(1.0 if arguments.gpus > 1 else 0.7),
             "max_num_batched_tokens": 8192,
@@ -49,7 +57,7 @@ def engine_options(arguments: argparse.Namespace, modes: tuple[str, ...]) -> dic
             link_file=folder / "link",
             layer_ids=shape.layer_ids,
             num_speculative_tokens=K,
-            k_by_batch_size=POLICY,
+            k_by_batch_size=spans,
         )
         options = with_remote_draft(options, remote, "v2")
         return options | {"speculative_config": options["speculative_config"] | SYNTHETIC}
@@ -67,6 +75,11 @@ def engine_options(arguments: argparse.Namespace, modes: tuple[str, ...]) -> dic
         options["hf_overrides"] = {AUX_LAYERS_KEY: [layer + 1 for layer in shape.layer_ids]}
         options["async_scheduling"] = False
     return options | {"speculative_config": speculation}
+
+
+def k_by_batch_size(batch_size: int) -> int:
+    """By `POLICY`."""
+    return next(k for first, last, k in POLICY if first <= batch_size <= last)
 
 
 def _share(part: float) -> float:

@@ -44,10 +44,10 @@ class DraftEndpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkState:
-    """How a target replica is connected to its draft."""
+    """How a target replica is connected to its drafts."""
 
     address: str | None
-    """The draft that it was last given."""
+    """The draft that it was last given as its own."""
     connected: bool
 
 
@@ -128,8 +128,9 @@ class Registry:
         """A replica of a diffusion LM is alive."""
         self._entries[report.replica] = _Entry(report=report, seen_s=self._clock())
 
-    def note_target(self, report: ReplicaReport, link: LinkState) -> DraftEndpoint | None:
-        """A target replica is alive; answers which draft it should use, or None while there is none."""
+    def note_target(self, report: ReplicaReport, link: LinkState) -> tuple[DraftEndpoint, ...]:
+        """A target replica is alive; answers which drafts it should use: its own, then those that it shares because
+        there are more drafts than targets. Empty while there is none."""
         self._expire()
         before = self._entries.pop(report.replica, None)
         entry = _Entry(report=report, seen_s=self._clock(), shunned=before.shunned if before else set())
@@ -138,7 +139,7 @@ class Registry:
         endpoint = self._choose(link, entry.shunned)
         entry.assigned = endpoint.address if endpoint else None
         self._entries[report.replica] = entry
-        return endpoint
+        return (endpoint, *self._spare(report.replica)) if endpoint else ()
 
     def reports(self) -> list[ReplicaReport]:
         """What the live replicas last said."""
@@ -158,6 +159,17 @@ class Registry:
         # A draft that could not be reached is chosen again only when there is no other.
         order = sorted(drafts, key=lambda address: (address == link.address, uses[address], address))
         return drafts[order[0]] if order else None
+
+    def _spare(self, target: str) -> list[DraftEndpoint]:
+        """This target's share of the drafts that are no target's own."""
+        if self._clock() - self._begun_s < EXPIRY_S:
+            # A directory that was restarted must hear first whose drafts they are.
+            return []
+        owned = {entry.assigned for entry in self._entries.values() if entry.assigned}
+        drafts = {entry.endpoint.address: entry.endpoint for entry in self._entries.values() if entry.endpoint}
+        targets = sorted(name for name, entry in self._entries.items() if entry.assigned)
+        spare = sorted(address for address in drafts if address not in owned)
+        return [drafts[address] for address in spare[targets.index(target) :: len(targets)]]
 
     def _expire(self) -> None:
         oldest = self._clock() - EXPIRY_S
@@ -202,7 +214,7 @@ class Directory:
         """See `Registry.note_diffusion`."""
         self._registry.note_diffusion(report)
 
-    async def note_target(self, report: ReplicaReport, link: LinkState) -> DraftEndpoint | None:
+    async def note_target(self, report: ReplicaReport, link: LinkState) -> tuple[DraftEndpoint, ...]:
         """See `Registry.note_target`."""
         return self._registry.note_target(report, link)
 

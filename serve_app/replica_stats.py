@@ -36,6 +36,7 @@ def target_metrics(stats: TargetStats, link: dict[str, float] | None) -> dict[st
     if link:
         metrics |= {
             "unmask_link_connected": link["connected"],
+            "unmask_link_drafts_connected": link["drafts_connected"],
             "unmask_link_breaker_open": link["breaker_open"],
             "unmask_link_draft_version": link["draft_version"],
             "unmask_link_num_speculative_tokens": link["num_speculative_tokens"],

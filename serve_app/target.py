@@ -6,7 +6,7 @@ import asyncio
 import multiprocessing
 import os
 import shutil
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,10 +139,9 @@ class Target:
         )
         address = self._link.address if self._link else None
         state = LinkState(address=address, connected=bool(status and status["connected"]))
-        endpoint: DraftEndpoint | None = await self._directory.note_target.remote(report, state)
-        if self._link and endpoint and endpoint.address != address:
-            is_neighbour = endpoint.node == ray.get_runtime_context().get_node_id()
-            self._link.point_to(endpoint.address, endpoint.mailbox_folder if is_neighbour else None)
+        endpoints: tuple[DraftEndpoint, ...] = await self._directory.note_target.remote(report, state)
+        if self._link and endpoints:
+            self._link.follow(endpoints, ray.get_runtime_context().get_node_id())
 
 
 @dataclass(slots=True)
@@ -173,11 +172,16 @@ class _Link:
 
     folder: Path
     draft: RemoteDraftOptions
-    address: str | None
     target_digest: str
     timeout_ms: float
     retry_s: float
     adaptive_k: bool
+    addresses: tuple[str, ...] = ()
+
+    @property
+    def address(self) -> str | None:
+        """Of the draft that is this target's own."""
+        return self.addresses[0] if self.addresses else None
 
     @classmethod
     def create(cls, config: AppConfig, secret: str) -> _Link:
@@ -205,25 +209,33 @@ class _Link:
                 turns_from=config.serve.turns_from,
                 k_by_batch_size=first_spans(k, config.serve.max_num_seqs) if config.serve.adaptive_k else (),
             ),
-            address=None,
             target_digest=record_digest(record).hex(),
             timeout_ms=config.serve.draft_limit_ms,
             retry_s=config.serve.draft_retry_s,
             adaptive_k=config.serve.adaptive_k,
         )
-        link.point_to(None)
+        link._write(None)
         return link
 
-    def point_to(self, address: str | None, mailbox_folder: str | None = None) -> None:
-        """Name the draft, and where it serves mailboxes if it is on this node; workers notice within a quarter of a
-        second."""
+    def follow(self, endpoints: Sequence[DraftEndpoint], node: str) -> None:
+        """Name the drafts; workers notice within a quarter of a second.
+
+        One of this node that serves mailboxes is asked alone: the wire to others would cost more than they help.
+        """
+        folder = endpoints[0].mailbox_folder if endpoints[0].node == node else None
+        addresses = tuple(endpoint.address for endpoint in (endpoints[:1] if folder else endpoints))
+        if addresses != self.addresses:
+            self.addresses = addresses
+            self._write(folder)
+
+    def _write(self, mailbox_folder: str | None) -> None:
         from unmask.pairing.link_file import LinkConfig, write_link_file
 
-        self.address = address
         write_link_file(
             self.draft.link_file,
             LinkConfig(
-                address=address,
+                address=self.address,
+                further_addresses=self.addresses[1:],
                 mailbox_folder=mailbox_folder,
                 secret_file=str(self.folder / "secret"),
                 timeout_ms=self.timeout_ms,

@@ -208,6 +208,9 @@ class DisruptionBudgetSpec(Shape):
     def _one_bound(self) -> DisruptionBudgetSpec:
         if (self.minAvailable is None) == (self.maxUnavailable is None):
             raise ValueError("needs either minAvailable or maxUnavailable")
+        # The owner of the pods is a RayCluster, which has no scale subresource to take a share of.
+        if not isinstance(self.minAvailable, int):
+            raise ValueError("minAvailable must be a count: else Kubernetes lets no pod of a RayCluster go")
         return self
 
 

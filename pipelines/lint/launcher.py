@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 from pipelines.lint.document import Cluster, Document
@@ -20,44 +19,47 @@ def read_launcher(tree: dict[str, Any]) -> Document:
     types = tree.get("available_node_types")
     if not types:
         raise ConfigError("is needed: without it all nodes are alike", field="available_node_types")
-    _check_schema(tree)
-    _check_counts(tree, types)
+    filled = _check_schema(tree)
+    _check_counts(filled)
     _check_commands(tree)
     nodes = [
         NodeType(
             name=name,
             resources=node["resources"],
             labels=node.get("labels", {}),
-            most=1 if name == tree["head_node_type"] else node.get("max_workers", 0),
+            most=1 if name == tree["head_node_type"] else filled["available_node_types"][name]["max_workers"],
         )
         for name, node in types.items()
     ]
     return Document(
         kind="Ray cluster",
-        cluster=Cluster(nodes=nodes, max_nodes=tree.get("max_workers", math.inf) + 1),
+        cluster=Cluster(nodes=nodes, max_nodes=filled["max_workers"] + 1),
         recipes=(tree.get("metadata") or {}).get("recipes", []),
     )
 
 
-def _check_schema(tree: dict[str, Any]) -> None:
+def _check_schema(tree: dict[str, Any]) -> dict[str, Any]:
+    """The file with Ray's defaults filled in."""
     # Imported here: Ray takes a second to import, which a recipe's check should not cost.
     from jsonschema.exceptions import ValidationError
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     try:
-        validate_config(prepare_config(copy.deepcopy(tree)))
+        filled = prepare_config(copy.deepcopy(tree))
+        validate_config(filled)
     except ValidationError as error:
         raise ConfigError(error.message, field=".".join(map(str, error.absolute_path)) or None) from None
     except (ValueError, KeyError, NotImplementedError) as error:
         raise ConfigError(f"Ray refuses the file: {error}") from None
+    return filled
 
 
-def _check_counts(tree: dict[str, Any], types: dict[str, Any]) -> None:
+def _check_counts(filled: dict[str, Any]) -> None:
     """Ray accepts counts that contradict each other, and then never adds a node."""
-    bound = tree.get("max_workers", 0)
+    bound = filled["max_workers"]
     least = 0
-    for name, node in types.items():
-        low, high = node.get("min_workers", 0), node.get("max_workers", bound)
+    for name, node in filled["available_node_types"].items():
+        low, high = node["min_workers"], node["max_workers"]
         where = f"available_node_types.{name}"
         if low < 0 or high < 0:
             raise ConfigError("must not be negative", field=f"{where}.{'min' if low < 0 else 'max'}_workers")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def fleet_of(tmp_path) -> Iterator[Callable[..., DraftFleet]]:
         fleet.close()
 
 
-def write(folder, first: DraftServer, *others: DraftServer) -> None:
+def write(folder, first: DraftServer, *others: DraftServer, **options: Any) -> None:
     (folder / "secret").write_bytes(SECRET)
     config = LinkConfig(
         address=first.address,
@@ -70,6 +71,7 @@ def write(folder, first: DraftServer, *others: DraftServer) -> None:
         secret_file=str(folder / "secret"),
         timeout_ms=5000,
         retry_s=0.1,
+        **options,
     )
     write_link_file(folder / "link.json", config)
     assert read_link_file(folder / "link.json") == config
@@ -123,6 +125,15 @@ def test_requests_move_on_when_their_draft_goes(serve, fleet_of, vocabulary, tmp
     fleet.propose(rows, torch.cat([*(raw[8:] for raw in raws), raws[0][:6]]))
     assert [server.stats().resident_requests for server in servers[1:]] == [4, 1]
     assert fleet.status["epoch"] == 3
+
+
+def test_one_draft_of_several_serves_mailboxes_again_when_it_is_the_only_one(serve, fleet_of, tmp_path) -> None:
+    servers = [serve(), serve()]
+    fleet = fleet_of(*servers)
+    write(tmp_path, servers[0], mailbox_folder="/boxes")
+    eventually(lambda: fleet.mailbox_folder == "/boxes")
+    write(tmp_path, *servers, mailbox_folder="/boxes")
+    eventually(lambda: fleet.mailbox_folder is None)
 
 
 def test_a_shared_prefix_is_asked_for_where_it_is(serve, fleet_of, vocabulary) -> None:

@@ -28,6 +28,7 @@ class Stage:
     service: ServeHandle
     draft: Path | None = None
     targets: int = 2
+    drafts: int = 1
     victims: list[int] = field(default_factory=list)
     struck_at: float = 0.0
     whole_after: float = 0.0
@@ -46,7 +47,8 @@ class Stage:
         """Whether every replica is there and every target has its draft."""
         return (
             len(self.pids("target")) == self.targets
-            and len(self.pids("draft")) == 1
+            and len(self.pids("draft")) == self.drafts
+            and self.metric("unmask_link_drafts_connected") == max(self.targets, self.drafts)
             and self.metric("unmask_speculation_enabled") == self.targets
         )
 

@@ -243,16 +243,19 @@ def test_a_deadly_prompt_is_quarantined(cluster: TestCluster, tmp_path: Path) ->
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
-    path = tmp_path / "disk"
+    """A file system of one megabyte, and where it is mounted for a run."""
+    store, path = tmp_path / "store", tmp_path / "disk"
+    store.mkdir()
     path.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(store)], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("mounting a file system takes root")
+    _mount(store, path)
     yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
+    for mount in (path, store):
+        subprocess.run(["umount", "--lazy", str(mount)], check=True)
 
 
 def fill(path: Path) -> None:
@@ -263,37 +266,61 @@ def fill(path: Path) -> None:
     assert os.statvfs(path.parent).f_bfree == 0
 
 
+def _mount(store: Path, path: Path) -> None:
+    subprocess.run(["mount", "--bind", str(store), str(path)], check=True)
+
+
 def _remount(path: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(path)], check=True)
 
 
+def fail(disk: Path, fault: str) -> None:
+    """Nothing can be written any more, or nothing of the store is there."""
+    if fault == "full":
+        fill(disk / "ballast")
+    elif fault == "read-only":
+        _remount(disk, "ro")
+    else:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def mend(disk: Path, fault: str) -> None:
+    """The store is as before."""
+    if fault == "full":
+        (disk / "ballast").unlink()
+    elif fault == "read-only":
+        _remount(disk, "rw")
+    else:
+        _mount(disk.parent / "store", disk)
+
+
+SAID = {
+    "full": "No space left on device",
+    "read-only": "Read-only file system",
+    "unreachable": "No such file or directory",
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["full", "read-only"])
+@pytest.mark.parametrize("fault", list(SAID))
 def test_a_store_that_fails_loses_nothing(cluster: TestCluster, small_disk: Path, tmp_path: Path, fault: str) -> None:
     run_dir = small_disk / "run"
     recipe = write_recipe(tmp_path, [f"Name {n} animals." for n in range(300)], run_dir)
     directory = run_dir / "trajectories"
     driver = start(recipe, cluster.address)
     wait_until(lambda: len(shard_sizes(directory)) >= 5 or driver.poll() is not None, 120)
-    if fault == "full":
-        fill(small_disk / "ballast")
-    else:
-        _remount(small_disk, "ro")
+    fail(small_disk, fault)
     code, line = finish(driver)
     wait_until(lambda: not cluster.actors(), 120)
+    mend(small_disk, fault)
     finished = {path.name: path.read_bytes() for path in (directory / "shards").glob("shard-*.parquet")}
-    if fault == "full":
-        (small_disk / "ballast").unlink()
-    else:
-        _remount(small_disk, "rw")
     again, last = finish(start(recipe, cluster.address))
     assert again == 0, last
     by_row = {row.meta["index"]: row for row in read_trajectories(run_dir)}
     kept = sum((directory / "shards" / name).read_bytes() == content for name, content in finished.items())
-    what = {"full": "No space left on device", "read-only": "Read-only file system"}[fault]
     findings = [
         equal("exit code", code, 3),
-        equal("one line that names the fault", line.startswith("error: ") and what in line, True),
+        equal("one line that names the fault", line.startswith("error: ") and SAID[fault] in line, True),
         equal("finished shards kept", kept, len(finished)),
         equal("rows 0 to 299 after the resume", sorted(by_row) == list(range(300)), True),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import yaml
 
 from tests.cluster_tools import ROOT, Head, fake_cluster
 from tests.ray.scaling_driver import GONE_S, UP_S
+
+logger = logging.getLogger(__name__)
 
 ROLES = ("generate", "train", "serve-target", "serve-draft")
 NODE_TYPES = {
@@ -76,6 +79,7 @@ def run(head: Head, *command: str, seconds: float) -> subprocess.CompletedProces
 def drive(head: Head, stage: str, folder: Path) -> dict[str, Any]:
     ended = run(head, "tests.ray.scaling_driver", stage, str(folder), seconds=280)
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
+    logger.info("%s: %s", stage, ended.stdout.splitlines()[-1])
     return json.loads(ended.stdout.splitlines()[-1])
 
 
@@ -103,19 +107,24 @@ def test_more_work_than_one_actor_does_brings_up_a_second_node(head: Head, tmp_p
 def test_target_and_draft_bring_up_their_own_nodes_and_scale_apart(head: Head, folder: Path) -> None:
     seen = drive(head, "service", folder)
     assert seen["most"] == {"serve-target": 2, "serve-draft": 2}
-    assert seen["up_s"] < UP_S + GONE_S
+    # Further replicas come and go within the same bounds, or the driver fails.
+    assert seen["up_s"] < UP_S
+    assert seen["gone_s"] < GONE_S
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("stage", "override", "message"),
     [
-        ("generate.labels={role: genrate}", "generate: needs 1 CPU, 1 GPU on role=genrate"),
-        ("generate.gpus_per_actor=3", "generate: needs 1 CPU, 3 GPU on role=generate"),
+        ("generate", "generate.labels={role: genrate}", "generate: needs 1 CPU, 1 GPU on role=genrate"),
+        ("generate", "generate.gpus_per_actor=3", "generate: needs 1 CPU, 3 GPU on role=generate"),
+        ("serve", "serve.target_labels={role: tagret}", "serve.target: needs 1 CPU on role=tagret"),
     ],
 )
-def test_what_no_node_type_offers_ends_the_job_by_name(head: Head, folder: Path, override: str, message: str) -> None:
-    ended = run(head, "pipelines.generate", str(folder / "recipe.yaml"), override, seconds=UP_S + GONE_S)
+def test_what_no_node_type_offers_ends_the_job_by_name(
+    head: Head, folder: Path, stage: str, override: str, message: str
+) -> None:
+    ended = run(head, f"pipelines.{stage}", str(folder / "recipe.yaml"), override, seconds=GONE_S)
     assert ended.returncode == 3, ended.stderr
     line = ended.stderr.splitlines()[-1]
     assert line == f"error: {message}; no node and no node type of the autoscaler has that"

@@ -72,6 +72,30 @@ def test_no_node_of_the_launcher_files_has_a_public_address() -> None:
         assert all("accessConfigs" not in interface for interface in node["node_config"]["networkInterfaces"])
 
 
+def test_policies_and_budgets_select_pods_that_there_are() -> None:
+    folder = ROOT / "deploy" / "kuberay"
+    job, service = (yaml.safe_load((folder / name).read_text())["spec"] for name in ("rayjob.yaml", "rayservice.yaml"))
+    pods = [job["submitterPodTemplate"]["metadata"]["labels"]]
+    for cluster in (job["rayClusterSpec"], service["rayClusterConfig"]):
+        kinds = [("head", "headgroup", cluster["headGroupSpec"])]
+        kinds += [("worker", group["groupName"], group) for group in cluster["workerGroupSpecs"]]
+        for kind, name, group in kinds:
+            # What KubeRay adds of its own.
+            added = {"ray.io/node-type": kind, "ray.io/group": name}
+            pods.append(group["template"]["metadata"]["labels"] | added)
+    selectors = []
+    for name in ("networkpolicy.yaml", "pdb.yaml"):
+        for document in yaml.safe_load_all((folder / name).read_text()):
+            spec = document["spec"]
+            selectors.append(spec.get("podSelector") or spec["selector"])
+            # Pods of other namespaces are not ours.
+            peers = [peer for rule in spec.get("ingress", ()) for peer in rule["from"]]
+            selectors += [peer["podSelector"] for peer in peers if "namespaceSelector" not in peer]
+    assert len(selectors) == 8
+    for selector in selectors:
+        assert any(selector["matchLabels"].items() <= pod.items() for pod in pods), selector
+
+
 def _change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
     """Set, or with `...` delete, what a dotted path names; numbers are positions in lists."""
 
@@ -181,6 +205,10 @@ def test_a_broken_launcher_file_is_refused_in_one_line(tmp_path: Path, path: str
     assert "\n" not in str(mistake.value)
 
 
+def test_a_node_type_without_a_bound_has_that_of_the_cluster(tmp_path: Path) -> None:
+    assert _lint(tmp_path, "cluster.yaml", "available_node_types.train.max_workers", ...) == "Ray cluster"
+
+
 @pytest.mark.parametrize(("path", "value", "message"), BROKEN_SERVICES)
 def test_a_broken_service_is_refused_in_one_line(tmp_path: Path, path: str, value: Any, message: str | None) -> None:
     if message is None:
@@ -236,6 +264,11 @@ def test_disruption_budgets_name_groups_that_exist() -> None:
         ("colour: red", "is neither a recipe"),
         ("generate: {max_actor: 2}", "generate.max_actor: unknown key (did you mean 'max_actors'?)"),
         ("apiVersion: policy/v1\nkind: PodDisruptionBudget\nmetadata: {name: x}\nspec: {selector: {}}", "either min"),
+        (
+            "apiVersion: policy/v1\nkind: PodDisruptionBudget\nmetadata: {name: x}\n"
+            "spec: {selector: {}, maxUnavailable: 1}",
+            "minAvailable must be a count",
+        ),
         (
             "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: x}\n"
             "spec: {podSelector: {}, policyTypes: [Ingress], ingress: [{ports: [{port: 1}]}]}",

@@ -61,6 +61,7 @@ def engine(target: Path, **options: Any) -> Iterator[Any]:
     torch.set_num_threads(1)
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
 
     defaults = {
         "model": str(target),
@@ -79,6 +80,8 @@ def engine(target: Path, **options: Any) -> Iterator[Any]:
         llm.llm_engine.engine_core.shutdown()
         del llm
         cleanup_dist_env_and_memory()
+        # A pool of CUDA graphs cannot be opened again once the last of them is gone.
+        type(current_platform)._global_graph_pool = None
         os.environ.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
 
 

@@ -50,6 +50,7 @@ class DraftFleet:
     ) -> None:
         self.status = status or LinkStatus()
         self.links: list[DraftLink] = []
+        self._num_named = 0
         self._path = path
         self._new_link = lambda index: DraftLink(path, shape, num_speculative_tokens, device, index=index)
         self._epochs = 0.0
@@ -85,7 +86,12 @@ class DraftFleet:
     @property
     def mailbox_folder(self) -> str | None:
         """See `DraftLink.mailbox_folder`. With several drafts there is none that could serve all requests."""
-        return self.links[0].mailbox_folder if len(self.links) == 1 else None
+        return self.links[0].mailbox_folder if self._is_single else None
+
+    @property
+    def _is_single(self) -> bool:
+        """Whether there is one draft to ask; there may be links that rest."""
+        return self._num_named <= 1 and bool(self.links)
 
     def begin_epoch(self, before: float = 0.0) -> None:
         """What drafts have seen so far is lost without a new greeting; `before` counts epochs of a time before this."""
@@ -158,7 +164,7 @@ class DraftFleet:
             int32 ids [R, k], and how many of each row are valid [R].
         """
         tokens, counts = np.zeros((len(rows), k), dtype=np.int32), np.zeros(len(rows), dtype=np.uint8)
-        if len(self.links) == 1:
+        if self._is_single:
             # Nothing to choose from, and no objects to make.
             self._settle(rows["request"], finished)
             proposals = self.links[0].ask(rows, hashes, context, finished, k, version)
@@ -179,7 +185,7 @@ class DraftFleet:
 
     def announce(self, announcement: Announcement) -> int:
         """See `DraftLink.announce`. With several drafts nobody knows yet which of them will be asked for whom."""
-        if len(self.links) != 1 or not (k := self.links[0].announce(announcement)):
+        if not self._is_single or not (k := self.links[0].announce(announcement)):
             return 0
         self._settle(announcement.requests, announcement.finished)
         return k
@@ -222,7 +228,8 @@ class DraftFleet:
     def _follow(self) -> None:
         """Open a link for every draft of the link file. Links beyond its end rest until it names as many again."""
         while not self._closing.is_set():
-            while len(self.links) < max(self._num_drafts(), 1):
+            self._num_named = self._num_drafts()
+            while len(self.links) < max(self._num_named, 1):
                 link = self._new_link(len(self.links))
                 link.start()
                 self.links.append(link)

@@ -23,10 +23,15 @@ def note_draft(registry: Registry, name: str) -> None:
 
 
 def note_target(registry: Registry, name: str, address: str | None = None, *, connected: bool = False) -> str | None:
-    """The address that the target is given."""
+    """The address that the target is given as its own."""
+    return next(iter(note_sharing(registry, name, address, connected=connected)), None)
+
+
+def note_sharing(registry: Registry, name: str, address: str | None = None, *, connected: bool = False) -> list[str]:
+    """All addresses that the target is given."""
     report = ReplicaReport(role="target", replica=name, pids=(2,))
-    endpoint = registry.note_target(report, LinkState(address=address, connected=connected))
-    return endpoint.address if endpoint else None
+    endpoints = registry.note_target(report, LinkState(address=address, connected=connected))
+    return [endpoint.address for endpoint in endpoints]
 
 
 def test_there_may_be_no_draft():
@@ -39,6 +44,26 @@ def test_targets_spread_over_the_drafts():
         note_draft(registry, name)
     given = [note_target(registry, f"t{i}") for i in range(6)]
     assert sorted(given) == ["a:1", "a:1", "b:1", "b:1", "c:1", "c:1"]
+
+
+def test_drafts_that_are_nobodys_own_are_shared_out():
+    clock = Clock()
+    registry = Registry(clock)
+    for name in "abcde":
+        note_draft(registry, name)
+    # It may have been restarted: others may own them.
+    assert note_sharing(registry, "t") == ["a:1"]
+    clock.now = EXPIRY_S
+    for name in "abcde":
+        note_draft(registry, name)
+    assert note_sharing(registry, "t", "a:1", connected=True) == ["a:1", "b:1", "c:1", "d:1", "e:1"]
+    # Of a second target one is its own, and it has its share of the rest.
+    for _ in range(2):
+        given = {
+            "t": note_sharing(registry, "t", "a:1", connected=True),
+            "u": note_sharing(registry, "u", "b:1", connected=True),
+        }
+    assert given == {"t": ["a:1", "c:1", "e:1"], "u": ["b:1", "d:1"]}
 
 
 def test_a_target_keeps_a_draft_that_works():

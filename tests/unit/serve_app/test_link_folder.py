@@ -1,4 +1,4 @@
-"""Folders of killed replicas go; those of living ones stay."""
+"""The folder of a target's link: those of killed replicas go, and which drafts its file names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from engines.draft_arguments import RemoteDraftOptions
+from serve_app.directory import DraftEndpoint
 from serve_app.link_folder import create_link_folder
+from serve_app.target import _Link
+from unmask.pairing.link_file import read_link_file
 
 HOLDER = "from serve_app.link_folder import create_link_folder as c; print(c(), flush=True); input()"
 
@@ -48,3 +52,18 @@ def test_a_young_folder_without_a_lock_is_left_alone(temporary: Path) -> None:
     young.mkdir()
     create_link_folder()
     assert young.is_dir()
+
+
+def test_a_draft_that_serves_mailboxes_on_the_node_is_asked_alone(tmp_path: Path) -> None:
+    options = RemoteDraftOptions(link_file=tmp_path / "link.json", layer_ids=(1,), num_speculative_tokens=3)
+    link = _Link(folder=tmp_path, draft=options, target_digest="", timeout_ms=100.0, retry_s=1.0, adaptive_k=False)
+    near = DraftEndpoint(address="a:1", version=1, pid=1, node="here", mailbox_folder="/dev/shm/boxes")
+    far = DraftEndpoint(address="b:1", version=1, pid=2, node="there", mailbox_folder="/dev/shm/others")
+    for endpoints, addresses, folder in (
+        ([near, far], ("a:1",), near.mailbox_folder),
+        ([far, near], ("b:1", "a:1"), None),
+        ([far], ("b:1",), None),
+    ):
+        link.follow(endpoints, "here")
+        config = read_link_file(options.link_file)
+        assert (config.addresses, config.mailbox_folder) == (addresses, folder)
