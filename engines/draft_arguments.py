@@ -135,9 +135,14 @@ def _check_turns(arguments: dict[str, Any], turns_from: int) -> None:
 
 
 def first_spans(k: int, max_num_seqs: int) -> tuple[tuple[int, int, int], ...]:
-    """K by batch size before anything has been measured: less of it for larger batches."""
-    bounds = ((1, _FEW, k), (_FEW + 1, _MANY, max(k // 2, 1)), (_MANY + 1, max_num_seqs, max(k // 4, 1)))
-    return tuple((first, min(last, max_num_seqs), k) for first, last, k in bounds if first <= max_num_seqs)
+    """K by batch size before anything has been measured: less of it for larger batches.
+
+    A full batch gets the least, be it ever so small: a K that no span names has no graphs and can never be chosen.
+    """
+    few = max(min(_FEW, max_num_seqs - 2), 1)
+    many = max(min(_MANY, max_num_seqs - 1), few)
+    spans = ((1, few, k), (few + 1, many, max(k // 2, 1)), (many + 1, max_num_seqs, max(k // 4, 1)))
+    return tuple((first, last, k) for first, last, k in spans if first <= last)
 
 
 def graphs_of(max_num_seqs: int, ks: Collection[int]) -> dict[str, Any]:
