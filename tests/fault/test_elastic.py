@@ -66,9 +66,9 @@ class Nodes:
         """One more node."""
         self._nodes.append(self._new())
 
-    def kill(self) -> None:
-        """SIGKILL all that runs on the newest node."""
-        self._cluster.remove_node(self._nodes.pop(), allow_graceful=False)
+    def end(self, *, with_notice: bool) -> None:
+        """End the newest node: SIGKILL all that runs on it, or SIGTERM its raylet, as before a spot node is taken."""
+        self._cluster.remove_node(self._nodes.pop(), allow_graceful=with_notice)
 
     def shutdown(self) -> None:
         self._cluster.shutdown()
@@ -108,12 +108,20 @@ def start(recipe: Path, address: str) -> subprocess.Popen[str]:
     )
 
 
-def test_a_node_goes_and_comes_back(nodes: Nodes, target_dir: Path, tmp_path: Path) -> None:
-    whole = start(write_run(tmp_path / "whole", target_dir, workers=1), nodes.address)
+@pytest.fixture(scope="module")
+def losses(nodes: Nodes, target_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Of one worker, by step."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    whole = start(write_run(run_dir, target_dir, workers=1), nodes.address)
     _, errors = whole.communicate(timeout=300)
     assert whole.returncode == 0, errors
-    losses = {record["step"]: record["loss"] for record in read_log(tmp_path / "whole" / "draft")}
+    return {record["step"]: record["loss"] for record in read_log(run_dir / "draft")}
 
+
+@pytest.mark.parametrize("event", ["SIGKILL", "SIGTERM"])
+def test_a_node_goes_and_comes_back(
+    nodes: Nodes, losses: dict[int, float], target_dir: Path, tmp_path: Path, event: str
+) -> None:
     driver = start(write_run(tmp_path / "parts", target_dir, workers=2), nodes.address)
     draft = tmp_path / "parts" / "draft"
 
@@ -128,7 +136,7 @@ def test_a_node_goes_and_comes_back(nodes: Nodes, target_dir: Path, tmp_path: Pa
         assert driver.poll() is None, f"it ended before anything happened: {groups(draft)}"
 
     wait_for([2], 40)
-    nodes.kill()
+    nodes.end(with_notice=event == "SIGTERM")
     wait_for([2, 1], 40)
     nodes.add()
     _, errors = driver.communicate(timeout=300)
@@ -145,7 +153,7 @@ def test_a_node_goes_and_comes_back(nodes: Nodes, target_dir: Path, tmp_path: Pa
     ]
     again = len(log) - STEPS
     scale = f"{STEPS} steps of {PER_STEP} sequences, {again} taken twice, largest difference {worst:.0e}"
-    conclude("F13", "SIGKILL of a node, and another in its place", scale, findings)
+    conclude("F13", f"{event} of a node, and another in its place", scale, findings)
 
 
 def groups(draft: Path) -> list[tuple[int, int]]:

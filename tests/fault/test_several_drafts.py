@@ -14,7 +14,7 @@ from tests.fault.record import conclude
 from tests.fault.scenario import Scenario, Stage, kill, no_failures, nothing_left, play, recovers, same_text, wait_until
 from tests.fault.tiny import tiny_recipe
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 DRAFTS = 3
 LOAD = Load(requests=20, stream=True)
