@@ -31,6 +31,11 @@ RAY_ENVIRONMENT = {
 """What Ray's own processes must be started with, which no option can say: give it to `ray start`."""
 
 _PRINTED_USER_ERROR = re.compile(r"^unmask\.errors\.\w+: (.+)$", re.MULTILINE)
+_WRAPPING = re.compile(
+    r"^(?:The above exception was the direct cause of|Failed to [^\n]+ after \d+/\d+ attempts ).*",
+    re.MULTILINE | re.DOTALL,
+)
+"""What Ray Data puts behind an error: that it came from a function, how often it tried, and which options say so."""
 
 
 class FaultError(RuntimeError):
@@ -83,7 +88,8 @@ def explain(error: BaseException) -> UserError | FaultError:
     # Of an actor that failed to start Ray keeps only the printed traceback.
     if printed := _PRINTED_USER_ERROR.findall(str(error)):
         return UserError(printed[-1])
-    last_line = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+    lines = _WRAPPING.sub("", str(error)).splitlines()
+    last_line = next((line for line in reversed(lines) if line.strip()), type(error).__name__)
     return FaultError(last_line.strip())
 
 

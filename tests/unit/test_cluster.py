@@ -33,3 +33,16 @@ def test_anything_else_is_a_fault_with_its_last_line() -> None:
     assert isinstance(told, FaultError)
     assert str(told) == "node 3 is gone"
     assert str(explain(RuntimeError())) == "RuntimeError"
+
+
+def test_what_ray_data_wraps_around_a_fault_is_not_the_fault() -> None:
+    from ray.data._internal.util import _annotate_exception_with_retry_context
+
+    fault = "FileNotFoundError: '/shared/prompts/part-00000.parquet': No such file or directory"
+    context = {"description": "apply UDF transform", "attempts": 1, "max_attempts": 1, "total_backoff_s": 0.0}
+    wrapper = RuntimeError("UDF failed to process a data block.")
+    advised = _annotate_exception_with_retry_context(wrapper, exception_str=str(wrapper), **context)
+    assert "retried_map_errors" in str(advised)
+    chained = "The above exception was the direct cause of the following exception:"
+    assert str(explain(RuntimeError(f"Traceback\n{fault}\n\n{chained}\n\nray::Map()\n{advised}"))) == fault
+    assert str(explain(advised)) == "UDF failed to process a data block."
