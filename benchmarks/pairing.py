@@ -174,7 +174,7 @@ def cases(mode: str, concurrencies: Sequence[int], has_table: bool) -> Iterator[
         for halves in (1, 2) if can_take_turns else (1,):
             yield Case(mode, concurrency, "static", 0 if mode == "target" else K, halves)
             k = k_by_batch_size(concurrency // halves)
-            if has_table and mode != "production" and k != K:
+            if has_table and k != K:
                 yield Case(mode, concurrency, "by batch size", k, halves)
 
 

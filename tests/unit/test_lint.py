@@ -73,8 +73,7 @@ def test_no_node_of_the_launcher_files_has_a_public_address() -> None:
 
 
 def test_policies_and_budgets_select_pods_that_there_are() -> None:
-    folder = ROOT / "deploy" / "kuberay"
-    job, service = (yaml.safe_load((folder / name).read_text())["spec"] for name in ("rayjob.yaml", "rayservice.yaml"))
+    [job], [service] = ([tree["spec"] for tree in _objects(name)] for name in ("rayjob.yaml", "rayservice.yaml"))
     pods = [job["submitterPodTemplate"]["metadata"]["labels"]]
     for cluster in (job["rayClusterSpec"], service["rayClusterConfig"]):
         kinds = [("head", "headgroup", cluster["headGroupSpec"])]
@@ -85,8 +84,7 @@ def test_policies_and_budgets_select_pods_that_there_are() -> None:
             pods.append(group["template"]["metadata"]["labels"] | added)
     selectors = []
     for name in ("networkpolicy.yaml", "pdb.yaml"):
-        for document in yaml.safe_load_all((folder / name).read_text()):
-            spec = document["spec"]
+        for spec in (tree["spec"] for tree in _objects(name)):
             selectors.append(spec.get("podSelector") or spec["selector"])
             # Pods of other namespaces are not ours.
             peers = [peer for rule in spec.get("ingress", ()) for peer in rule["from"]]
