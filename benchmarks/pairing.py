@@ -9,7 +9,7 @@ differs. On GPUs native and remote drafting are switched at run time in one engi
 graphs and KV cache are the same; the draft of the remote ones is a process of its own. A last engine is as it is in
 production, without vLLM's draft in it: `kv_cache_tokens` says what that frees. `--tiny` uses vLLM's V1 runner on a CPU,
 which knows no synthetic acceptance, with an engine for each mode. A row is printed and written as soon as it is
-measured.
+measured; `benchmarks.pairing_rows` says what it holds.
 """
 
 from __future__ import annotations
@@ -18,32 +18,22 @@ import argparse
 import json
 import os
 import queue
-import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from benchmarks.demo import machine
-from benchmarks.pairing_engines import engine_options, k_by_batch_size
-from benchmarks.pairing_shapes import SHAPES, K, shape_folder
+from benchmarks.pairing_engines import engine_options
+from benchmarks.pairing_rows import REMOTE, cases, measure
+from benchmarks.pairing_shapes import SHAPES, shape_folder
 from engines.draft_arguments import LINK_FILE_VARIABLE, MAILBOX_FOLDER_VARIABLE, WATCHDOG_VARIABLE
 from unmask.pairing.link_file import LinkConfig, read_link_file, write_link_file
 from unmask.pairing.status import read_status
 
 SECRET = b"a benchmark of one machine, 0123"
-PROMPT_TOKENS = 128
-LEAST_IN_TURNS = 64
-"""Concurrency from which requests that take turns in two halves are measured too."""
-LEARNING = 4
-"""Batches before one is measured whose K the engine chooses by itself: it does so every 128 steps."""
-STARTS = 5
-"""How often the start of a batch is measured."""
-REMOTE = {"remote": "shared memory", "tcp": "sidecar over TCP", "production": "shared memory"}
-"""Modes whose draft is in another process, and how it is reached."""
 MODES = ("target", "native", *REMOTE)
 
 
@@ -153,141 +143,6 @@ def run_engine(arguments: argparse.Namespace) -> None:
             print(json.dumps(measure(llm, arguments, case)), flush=True)
 
 
-class Case(NamedTuple):
-    """What one row is of; `k` None is left to the engine, `halves` 2 is requests that take turns."""
-
-    mode: str
-    concurrency: int
-    policy: str
-    k: int | None
-    halves: int = 1
-
-
-def cases(mode: str, concurrencies: Sequence[int], has_table: bool) -> Iterator[Case]:
-    """What is measured in one mode. `has_table`: the engine knows a K by batch size."""
-    if mode == "production" and has_table:
-        # Before any other: a K that was set stays.
-        for concurrency in concurrencies:
-            yield Case(mode, concurrency, "by load", None)
-    for concurrency in concurrencies:
-        can_take_turns = has_table and mode in REMOTE and concurrency >= LEAST_IN_TURNS
-        for halves in (1, 2) if can_take_turns else (1,):
-            yield Case(mode, concurrency, "static", 0 if mode == "target" else K, halves)
-            k = k_by_batch_size(concurrency // halves)
-            if has_table and k != K:
-                yield Case(mode, concurrency, "by batch size", k, halves)
-
-
-def measure(llm: Any, arguments: argparse.Namespace, case: Case) -> dict[str, Any]:
-    """One row; where requests take turns, the parts are those of one half's step."""
-    mode, concurrency, policy, k, halves = case
-    timed = not arguments.tiny and mode != "target"
-    length = arguments.tokens * (1 if concurrency > 1 else 2)
-    # Acceptance is drawn, and a start may be held up: some hundred steps of few requests would leave it to chance.
-    rounds = 1 if arguments.tiny or mode == "target" else max(1, min(8, 32 // concurrency))
-    for warm_up in [max(length // 8, K)] if k is not None else [length] * LEARNING:
-        _generate(llm, arguments, concurrency, warm_up)
-    before, counted = counters_of(llm), _asked(llm, arguments, mode)
-    if timed:
-        llm.collective_rpc("measure_steps", args=(concurrency // halves,))
-    seconds = sum(_generate(llm, arguments, concurrency, length) for _ in range(rounds))
-    times = llm.collective_rpc("step_times")[0] if timed else {}
-    after, asked = counters_of(llm), _asked(llm, arguments, mode)
-    found = {name: after[name] - before.get(name, 0) for name in after}
-    drafts = found.get("drafts", 0)
-    tau = 1 + found["accepted"] / drafts if drafts else 1.0
-    period = halves * times.get("period", 1000 * seconds * tau / length / rounds / halves)
-    return {
-        "mode": "remote" if mode in REMOTE else mode,
-        "shape": arguments.shape,
-        "concurrency": concurrency,
-        "acceptance_length": round(tau, 3),
-        "k": round(found["drafted"] / drafts, 2) if k is None else k,
-        "output_tokens_per_second": round(concurrency * length * rounds / seconds, 1),
-        "step_ms": _parts(mode, period, times, counted, asked),
-        "gpus": 0 if arguments.tiny else (1 if mode in ("target", "native") else arguments.gpus),
-        "machine": machine_of(arguments),
-        "period_ms": round(period, 3),
-        "late_wait_ms": round(times["late_wait"], 3) if "late_wait" in times else None,
-        "start_ms": round(_start_ms(llm, arguments, concurrency), 3),
-        "policy": policy + (", in turns" if halves == 2 else ""),
-        "transport": ("socket" if arguments.tiny else REMOTE[mode]) if mode in REMOTE else None,
-        "engine": "of its own" if arguments.tiny or mode in ("target", "production") else "shared by native and remote",
-        "kv_cache_tokens": _kv_cache_tokens(llm),
-        "without_proposals": (asked["passed"] + asked["released"] - counted["passed"] - counted["released"])
-        if asked
-        else None,
-    }
-
-
-def _parts(
-    mode: str, period: float, times: dict[str, float], counted: dict[str, float], asked: dict[str, float]
-) -> dict[str, float | None]:
-    """Milliseconds of a step's parts, from its times and what the draft had been asked before and after."""
-    draft_ms, wait = times.get("draft"), times.get("wait")
-    if asked:
-        steps = asked["answered"] - counted["answered"]
-        draft_ms = (asked["draft_us"] - counted["draft_us"]) / max(steps, 1) / 1000
-    parts = {
-        "verify": times.get("verify", period if mode == "target" else None),
-        "features": times.get("features"),
-        # The draft's time is a mean over all steps, the others are medians of full ones: they need not add up.
-        "transport": wait - draft_ms if wait is not None and draft_ms is not None else None,
-        "draft": draft_ms,
-        "reply": times.get("reply"),
-    }
-    return {name: round(value, 3) if value is not None else None for name, value in parts.items()}
-
-
-def _generate(llm: Any, arguments: argparse.Namespace, concurrency: int, length: int) -> float:
-    """Seconds for a batch of random prompts."""
-    from vllm import SamplingParams
-
-    generator, vocab_size = random.Random(concurrency), SHAPES[arguments.shape].vocab_size
-    prompts = [
-        {"prompt_token_ids": [generator.randrange(1000, vocab_size - 1000) for _ in range(PROMPT_TOKENS)]}
-        for _ in range(concurrency)
-    ]
-    params = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True, detokenize=False)
-    began = time.perf_counter()
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    assert all(len(output.outputs[0].token_ids) == length for output in outputs)
-    return time.perf_counter() - began
-
-
-def _start_ms(llm: Any, arguments: argparse.Namespace, concurrency: int) -> float:
-    """Of a batch until its second tokens: the prompts, their first drafts, and the verification of these."""
-    seconds = sorted(_generate(llm, arguments, concurrency, 2) for _ in range(STARTS))
-    return 1000 * seconds[STARTS // 2]
-
-
-def _kv_cache_tokens(llm: Any) -> int:
-    """What the target's KV cache holds."""
-    cache = llm.llm_engine.vllm_config.cache_config
-    return cache.num_gpu_blocks * cache.block_size
-
-
-def counters_of(llm: Any) -> dict[str, float]:
-    """Drafts that were verified so far, their tokens, and those of them that were accepted."""
-    names = {
-        "vllm:spec_decode_num_drafts": "drafts",
-        "vllm:spec_decode_num_draft_tokens": "drafted",
-        "vllm:spec_decode_num_accepted_tokens": "accepted",
-    }
-    return {names[metric.name]: metric.value for metric in llm.get_metrics() if metric.name in names}
-
-
-def _asked(llm: Any, arguments: argparse.Namespace, mode: str) -> dict[str, float]:
-    """What the remote draft was asked, by its mailbox or, on a CPU, its link."""
-    if mode not in REMOTE:
-        return {}
-    if not arguments.tiny:
-        return llm.collective_rpc("draft_counters")[0]
-    status = read_status(arguments.folder / "status") or {}
-    answered = status["round_trip_ms_count"]
-    return {"answered": answered, "draft_us": 1000 * status["round_trip_ms_sum"], "passed": 0, "released": 0}
-
-
 def await_draft(llm: Any, arguments: argparse.Namespace) -> None:
     """Wait until the engine's draft can be asked."""
     end = time.monotonic() + 120
@@ -300,16 +155,6 @@ def await_draft(llm: Any, arguments: argparse.Namespace) -> None:
             return
         time.sleep(0.2)
     raise queue.Empty("no draft within two minutes")
-
-
-def machine_of(arguments: argparse.Namespace) -> str:
-    """What the figures are of."""
-    found = machine()
-    if arguments.tiny:
-        return f"{found['cpu']}, {found['cores']} cores"
-    import torch
-
-    return f"{torch.cuda.get_device_name()}, {found['cores']} cores"
 
 
 def _parse() -> argparse.Namespace:

@@ -23,8 +23,9 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from benchmarks.pairing import await_draft, draft_process, engine_environment, machine_of
+from benchmarks.pairing import await_draft, draft_process, engine_environment
 from benchmarks.pairing_engines import engine_options
+from benchmarks.pairing_rows import machine_of
 from benchmarks.pairing_shapes import SHAPES, shape_folder
 
 CASES = ("swap", "share", "long")

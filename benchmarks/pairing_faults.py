@@ -26,8 +26,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pairing import await_draft, draft_process, engine_environment, machine_of
+from benchmarks.pairing import await_draft, draft_process, engine_environment
 from benchmarks.pairing_engines import engine_options
+from benchmarks.pairing_rows import machine_of
 from benchmarks.pairing_shapes import SHAPES, shape_folder
 from engines.draft_arguments import WATCHDOG_VARIABLE
 from unmask.config.serve import ServeConfig

@@ -24,7 +24,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from benchmarks.draft_prompts import Prompts
-from benchmarks.pairing import await_draft, counters_of, draft_process, engine_environment, machine_of
+from benchmarks.pairing import await_draft, draft_process, engine_environment
+from benchmarks.pairing_rows import counters_of, machine_of
 from engines.draft_arguments import RemoteDraftOptions, graphs_of, with_remote_draft
 from unmask.checkpoints import read_config
 from unmask.config import EMBEDDED_TARGET
