@@ -39,6 +39,8 @@ _OPTIONAL_SHAPE = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_thet
 
 _FEW, _MANY = 16, 128
 _LADDER = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+_WITH_PROMPTS = (96, 128, 192, 256, 384, 512)
+"""Tokens of steps with prompts that have graphs, where those of decoding steps do not reach as far."""
 """Batch sizes with graphs of their own."""
 
 _REQUIRED = {"speculative_config": None, "async_scheduling": False}
@@ -147,11 +149,13 @@ def first_spans(k: int, max_num_seqs: int) -> tuple[tuple[int, int, int], ...]:
 
 def graphs_of(max_num_seqs: int, ks: Collection[int]) -> dict[str, Any]:
     """vLLM's `compilation_config` with a CUDA graph for every step of up to `max_num_seqs` requests that verifies one
-    of these K. vLLM by itself makes none beyond 512 tokens."""
+    of these K, and graphs between attention calls for steps that hold prompts beside them: launched one by one, the
+    kernels of these steps would take longer than they run. vLLM by itself makes none beyond 512 tokens."""
     batches = [n for n in _LADDER if n < max_num_seqs] + [max_num_seqs]
-    sizes = sorted({n * (k + 1) for n in batches for k in ks})
+    decoding = sorted({n * (k + 1) for n in batches for k in ks})
+    sizes = decoding + [size for size in _WITH_PROMPTS if size > decoding[-1]]
     return {
-        "cudagraph_mode": "FULL_DECODE_ONLY",
+        "cudagraph_mode": "FULL_AND_PIECEWISE",
         "cudagraph_capture_sizes": sizes,
         "max_cudagraph_capture_size": sizes[-1],
     }

@@ -2,6 +2,8 @@
 
 A sampled step leaves events on the stream and a copy of its accepted counts; they are read some steps later, when the
 stream has long passed them. `KController` turns them into a table of K by batch size, for scheduler and draft alike.
+What lies between the proposals of one step and those of the next is laid to the charge of the next one's rows, for it
+is these that the target verified in it.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -36,7 +38,8 @@ class _Sample:
     verified: int
     drafted: int
     sampled: Tensor
-    marks: list[Mark] = field(default_factory=list)
+    marks: list[Mark]
+    """The proposals of the step before were there, this one's rows are verified, its own proposals are there."""
 
 
 class LoadWatch:
@@ -56,6 +59,7 @@ class LoadWatch:
         most = len(self.table) - 1
         self._sizes = [*(n for n in _SIZES if n < most), most]
         self._seen: set[int] = set()
+        self._answered: Mark | None = None
         self._open: _Sample | None = None
         self._pending: deque[_Sample] = deque()
 
@@ -68,28 +72,27 @@ class LoadWatch:
             num_sampled: of them, those that were kept, and the new one [R].
         """
         self._steps += 1
-        if self._open is not None and len(self._open.marks) == 2:
-            # The step before was sampled, and this is when the next one begins.
-            self._open.marks.append(self._mark())
-            self._pending.append(self._open)
-        self._open = None
+        before, self._answered = self._answered, None
         batch_size, verified = len(num_scheduled), int(num_scheduled[0]) - 1
         # Steps that hold prompts cost what no K can change.
         is_plain = verified in self.controller.ks and bool((num_scheduled == num_scheduled[0]).all())
-        if self._steps % _EVERY or not is_plain or len(self._pending) >= _MOST_PENDING:
+        if before is None or not is_plain or len(self._pending) >= _MOST_PENDING:
             return
-        sampled = num_sampled[:batch_size]
-        self._open = _Sample(batch_size, verified, k, sampled.to("cpu", non_blocking=self._on_gpu, copy=True))
-        self._open.marks.append(self._mark())
+        copied = num_sampled[:batch_size].to("cpu", non_blocking=self._on_gpu, copy=True)
+        self._open = _Sample(batch_size, verified, k, copied, [before, self._mark()])
 
     def answered(self) -> None:
         """The proposals of that step are there."""
-        if self._open is not None:
-            self._open.marks.append(self._mark())
+        sample, self._open = self._open, None
+        if sample is not None:
+            sample.marks.append(self._mark())
+            self._pending.append(sample)
+        if (self._steps + 1) % _EVERY == 0:
+            self._answered = self._mark()
 
     def skip(self) -> None:
         """A step is not asked about: what lies between two that are says nothing."""
-        self._open = None
+        self._open = self._answered = None
 
     def poll(self) -> list[int] | None:
         """Take in what has been measured; the new table of K by batch size, if there is one."""
@@ -101,11 +104,11 @@ class LoadWatch:
         return None
 
     def _learn(self, sample: _Sample) -> None:
-        begun, answered, ended = sample.marks
+        before, begun, answered = sample.marks
         controller, n = self.controller, sample.batch_size
         self._seen.add(n)
         controller.observe_cost("draft", n * (sample.drafted + 1), _seconds(begun, answered))
-        controller.observe_cost("verify", n * (sample.verified + 1), _seconds(answered, ended))
+        controller.observe_cost("verify", n * (sample.verified + 1), _seconds(before, begun))
         if sample.verified:
             accepted = (sample.sampled - 1).clamp(0, sample.verified).tolist()
             controller.observe_acceptance([sample.verified] * n, accepted)

@@ -57,6 +57,20 @@ def test_steps_with_prompts_say_nothing(monkeypatch) -> None:
     assert load.watch.controller.costs["verify"].seconds(np.array([16])) is None
 
 
+def test_what_follows_a_step_is_no_cost_of_its_rows(monkeypatch) -> None:
+    """Prompts that come in, and the pause before the next batch."""
+    load = ImaginedLoad(monkeypatch, fixed_s=6e-3, row_s=2e-5, rate=0.8)
+    for i in range(200):
+        load.run(8, 4 + i % 3)
+        load.now_s += 0.05 if i % 2 else 1.0
+        load.watch.begin(np.array([16] * 8 + [100]), 15, torch.ones(9, dtype=torch.int32))
+        load.watch.answered()
+        load.now_s += 8.56e-3
+    verify = load.watch.controller.costs["verify"].seconds(np.array([8 * 16]))
+    assert verify is not None
+    assert verify[0] == pytest.approx(6e-3 + 2e-5 * 8 * 16)
+
+
 @pytest.mark.parametrize(
     ("k", "most", "expected"),
     [
@@ -78,6 +92,12 @@ def test_every_k_has_a_graph_for_full_batches() -> None:
     assert {48 * 16, 48 * 8, 16, 8} <= set(sizes)
     assert graphs["max_cudagraph_capture_size"] == max(sizes) == 48 * 16
     assert sizes == sorted(set(sizes))
+
+
+def test_steps_with_prompts_have_graphs_too() -> None:
+    graphs = graphs_of(8, {0})
+    assert graphs["cudagraph_mode"] == "FULL_AND_PIECEWISE"
+    assert graphs["cudagraph_capture_sizes"] == [1, 2, 4, 8, 96, 128, 192, 256, 384, 512]
 
 
 def test_a_draft_that_is_away_for_a_while_is_no_cost(monkeypatch) -> None:
