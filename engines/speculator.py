@@ -40,6 +40,7 @@ from engines.turns import Owed, turns
 from unmask.errors import ConfigError
 from unmask.files import private_folder
 from unmask.pairing.attendants import Attendants
+from unmask.pairing.coming_rows import ComingRows
 from unmask.pairing.hello import TargetShape
 from unmask.pairing.mailbox import Mailbox
 from unmask.pairing.mailbox_folder import new_path
@@ -196,12 +197,12 @@ class RemoteSpeculator(BaseSpeculator):
             if watch is not None:
                 self._follow_load(watch)
                 watch.begin(input_batch.num_scheduled_tokens, self.ks[num_requests], num_sampled)
-            drafting = _drafting(input_batch)
+            drafting, coming = _drafting(input_batch), _coming(input_batch)
             tokens = self.target.propose(
                 input_batch.req_ids,
                 aux_hidden_states,
                 sampled,
-                longest=int(input_batch.num_scheduled_tokens.max()),
+                coming=coming,
                 k=self.ks[num_requests],
                 hashes=hashes,
                 wanted=bool(drafting.any()),
@@ -281,6 +282,13 @@ class RemoteSpeculator(BaseSpeculator):
 def _drafting(batch: InputBatch) -> np.ndarray:
     """Which requests have their next token sampled in this step: bool [R]."""
     return batch.num_computed_tokens_np + batch.num_scheduled_tokens >= batch.prefill_len_np
+
+
+def _coming(batch: InputBatch) -> ComingRows:
+    """Where a prompt's rows begin is known; how many drafts of the step before were kept is not."""
+    is_prompt = batch.num_computed_tokens_np < batch.prefill_len_np
+    starts = np.where(is_prompt, batch.num_computed_tokens_np, -1)
+    return ComingRows(batch.num_scheduled_tokens.astype(np.int64), starts.astype(np.int64))
 
 
 def _spans(table: Sequence[int]) -> str:

@@ -93,7 +93,7 @@ class Pair:
         self.on_exit.close()
 
     def ask(self, step: TargetStep, k: int, hashes: Sequence[Sequence[int]] = ()) -> list[list[int]]:
-        tokens = self.target.propose(step.names, step.states, step.tensors, longest=step.longest, k=k, hashes=hashes)[
+        tokens = self.target.propose(step.names, step.states, step.tensors, coming=step.coming, k=k, hashes=hashes)[
             :, :k
         ].tolist()
         # The draft takes note of a step after its reply.

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.pairing_tools import BLOCK_SIZE, HIDDEN, LAYER_IDS
+from unmask.pairing.coming_rows import ComingRows
 from unmask.pairing.mailbox import Mailbox
 from unmask.pairing.mailbox_layout import Layout
 from unmask.pairing.packed_rows import StepTensors
@@ -30,7 +30,7 @@ class TargetStep:
     names: list[str]
     states: list[Tensor]
     tensors: StepTensors
-    longest: int
+    coming: ComingRows
     seen: list[tuple[str, int, Tensor, int]]
 
 
@@ -51,7 +51,7 @@ class ImaginedTarget:
             self.born += 1
             self.reached[name], self.prompts[name] = 0, self.random.randint(1, 14)
         names = self.random.sample(sorted(self.reached), self.random.randint(1, len(self.reached)))
-        starts, sampled, rejected, positions, seen = [0], [], [], [], []
+        starts, told, sampled, rejected, positions, seen = [0], [], [], [], [], []
         slots = self.random.sample(range(self.num_slots), len(names))
         last_sampled = torch.randint(0, 90, (self.num_slots, 1))
         for name in names:
@@ -61,6 +61,7 @@ class ImaginedTarget:
             ends = reached + length >= self.prompts[name]
             lost = 0 if is_prompt else self.random.randint(0, length - 1)
             positions += range(reached, reached + length)
+            told.append(reached if is_prompt else -1)
             starts.append(starts[-1] + length)
             sampled.append((length - lost if not is_prompt else 1) if ends else 0)
             rejected.append(lost)
@@ -79,8 +80,8 @@ class ImaginedTarget:
             slots=torch.tensor(slots, dtype=torch.int32),
             last_sampled=last_sampled,
         )
-        longest = max(b - a for a, b in pairwise(starts))
-        return TargetStep(names, states, tensors, longest, seen)
+        coming = ComingRows(np.diff(starts), np.array(told))
+        return TargetStep(names, states, tensors, coming, seen)
 
     def end(self) -> list[str]:
         """Names of requests that end now."""

@@ -26,6 +26,7 @@ from tests.pairing_tools import (
 )
 from unmask.pairing.announcement import Announcement
 from unmask.pairing.client import DraftLink
+from unmask.pairing.coming_rows import ComingRows
 from unmask.pairing.hello import draft_version, hello_of
 from unmask.pairing.link_file import LinkConfig, write_link_file
 from unmask.pairing.mailbox import Control
@@ -327,7 +328,7 @@ def announced(server: DraftServer, num_rows: int) -> tuple[Control, Announcement
         "num_speculative_tokens": K,
         "requests": requests,
         "finished": none,
-        "longest": num_rows,
+        "coming": ComingRows(np.array([num_rows]), np.array([0])),
     }
     control = Control(number=3, **shared)
     return control, Announcement(number=3, max_requests=2, max_rows=num_rows, dtype=torch.float32, **shared)

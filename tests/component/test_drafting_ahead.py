@@ -6,6 +6,7 @@ import errno
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tests.ahead_tools import NeighbourPair, Pair, RelayedPair
 from tests.mailbox_tools import LAYOUT, ImaginedTarget, TargetStep
 from tests.pairing_tools import HIDDEN, LAYER_IDS, eventually, raw_features
 from unmask.pairing import draft_session
+from unmask.pairing.coming_rows import ComingRows
 from unmask.pairing.handover import Handover
 from unmask.pairing.mailbox import Control, Mailbox
 from unmask.pairing.mailbox_words import DOORBELL, LATE, REPLY, STEP_MASK
@@ -33,15 +35,23 @@ def pair(tmp_path) -> Iterator[Pair]:
 
 @pytest.mark.parametrize("rows", [torch.float32, EIGHT_BIT], ids=["whole rows", "rows in eight bits"])
 @pytest.mark.parametrize("kind", [Pair, RelayedPair, NeighbourPair])
-def test_proposals_do_not_depend_on_when_the_step_was_queued(kind: type[Pair], rows: torch.dtype, tmp_path) -> None:
+@pytest.mark.parametrize("says", [True, False], ids=["begins where it says", "does not say where it begins"])
+def test_proposals_do_not_depend_on_when_the_step_was_queued(
+    kind: type[Pair], rows: torch.dtype, says: bool, tmp_path
+) -> None:
     imagined = ImaginedTarget(seed=11)
     with kind(tmp_path, rows=rows) as pair:
         for _ in range(150):
             step, k = imagined.step(), imagined.random.randint(1, K)
+            if not says:
+                step = replace(step, coming=ComingRows.following(step.coming.most))
             assert pair.ask(step, k) == pair.ask_twin(step, k)
             pair.finish(imagined.end())
-        # The others bring a request that was not known before.
-        assert 10 < pair.engine.ahead_steps < 150
+        if says:
+            assert pair.engine.ahead_steps == 150
+        else:
+            # The others bring a request that was not known before. Rows that have come over the wire say it.
+            assert 10 < pair.engine.ahead_steps < 151 - (kind is not RelayedPair)
         assert pair.engine.resident_requests == pair.twin.resident_requests
     eventually(lambda: pair.engine.resident_requests == 0)
 
@@ -70,16 +80,32 @@ def one_step(imagined: ImaginedTarget, pair: Pair) -> TargetStep:
     return step
 
 
-def test_a_request_that_went_back_is_left_to_the_engine_and_served_again(pair) -> None:
+def preempted(imagined: ImaginedTarget, pair: Pair) -> TargetStep:
+    """Some steps of one request, and then its rows again from the start."""
+    one_step(imagined, pair)
+    one_step(imagined, pair)
+    (name,) = imagined.reached
+    imagined.reached[name], imagined.prompts[name] = 0, 1
+    return imagined.step()
+
+
+def test_a_request_that_went_back_is_served_at_once(pair) -> None:
     imagined = ImaginedTarget(seed=2, num_slots=1)
+    step = preempted(imagined, pair)
+    queued = pair.engine.ahead_steps
+    tokens = pair.ask(step, K)
+    assert tokens == pair.ask_twin(step, K) != [[-1] * K]
     one_step(imagined, pair)
-    one_step(imagined, pair)
+    assert pair.engine.ahead_steps == queued + 2
+    assert pair.engine.proposals_with_gap == 0
+
+
+def test_a_request_that_went_back_unsaid_is_left_to_the_engine_and_served_again(pair) -> None:
+    imagined = ImaginedTarget(seed=2, num_slots=1)
+    step = preempted(imagined, pair)
     queued = pair.engine.ahead_steps
     assert queued
-    # Preempted: its rows come again from the start.
-    (name,) = imagined.reached
-    imagined.reached[name] = 0
-    step = imagined.step()
+    step = replace(step, coming=ComingRows.following(step.coming.most))
     assert pair.ask(step, K) == [[-1] * K]
     pair.ask_twin(step, K)
     assert pair.engine.ahead_steps == queued + 1
@@ -109,7 +135,7 @@ def test_only_a_target_that_is_alone_keeps_the_engine_while_it_does_not_ring(pai
             draft_version=pair.engine.version,
             requests=known,
             finished=np.empty(0, dtype=np.uint64),
-            longest=2,
+            coming=ComingRows.following([2] * len(known)),
         )
     )
     try:
@@ -179,7 +205,8 @@ def prefill(name: str, start: int, raw: torch.Tensor, anchor: int) -> TargetStep
         slots=torch.tensor([0]),
         last_sampled=torch.tensor([[anchor]]),
     )
-    return TargetStep([name], states, tensors, len(raw), [(name, start, raw, anchor)])
+    coming = ComingRows(np.array([len(raw)]), np.array([start]))
+    return TargetStep([name], states, tensors, coming, [(name, start, raw, anchor)])
 
 
 @pytest.mark.parametrize("kind", [Pair, RelayedPair, NeighbourPair])
@@ -259,7 +286,7 @@ def test_a_failure_behind_a_doorbell_ends_the_draft(pair, monkeypatch) -> None:
 
     monkeypatch.setattr(pair.engine, "book", fail)
     step = imagined.step()
-    pair.target.propose(step.names, step.states, step.tensors, longest=step.longest, k=K)
+    pair.target.propose(step.names, step.states, step.tensors, coming=step.coming, k=K)
     eventually(lambda: not pair.batcher.alive)
     eventually(lambda: not pair.target.is_ready)
 

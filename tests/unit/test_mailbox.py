@@ -16,6 +16,7 @@ from tests.pairing_tools import SHAPE, eventually, tiny_draft
 from unmask.errors import ConfigError, WireError
 from unmask.files import private_folder
 from unmask.pairing import mailbox_reader
+from unmask.pairing.coming_rows import ComingRows
 from unmask.pairing.hello import hello_of
 from unmask.pairing.mailbox import Control, Mailbox, is_orphaned, take_tokens
 from unmask.pairing.mailbox_folder import new_path
@@ -55,7 +56,7 @@ def control(number: int, requests: list[int], finished: list[int] = (), k: int =
         draft_version=2**63 + 5,
         requests=np.array(requests, dtype=np.uint64),
         finished=np.array(finished, dtype=np.uint64),
-        longest=number % 7,
+        coming=ComingRows(np.arange(len(requests)) + number % 7, np.arange(len(requests)) - 1),
     )
 
 
@@ -250,7 +251,7 @@ def test_two_threads_exchange_steps_and_every_row_is_the_targets_own(mailbox, ta
     for _ in range(60):
         step = imagined.step()
         k = imagined.random.randint(1, K)
-        tokens = target.propose(step.names, step.states, step.tensors, longest=step.longest, k=k)
+        tokens = target.propose(step.names, step.states, step.tensors, coming=step.coming, k=k)
         asked = echo.seen[-1]
         for row, (name, start, raw, anchor), ids in zip(asked.rows.tolist(), step.seen, tokens.tolist(), strict=True):
             assert numbers.setdefault(name, row[0]) == row[0]
@@ -271,13 +272,13 @@ def test_only_the_step_after_a_prompts_middle_waits_for_it(mailbox, target, echo
     imagined = ImaginedTarget(seed=5)
     echo.delay.set()
     step = imagined.step()
-    tokens = target.propose(step.names, step.states, step.tensors, longest=step.longest, k=K, wanted=False)
+    tokens = target.propose(step.names, step.states, step.tensors, coming=step.coming, k=K, wanted=False)
     assert (tokens == -1).all()
     assert mailbox.is_waiting
     following = imagined.step()
     asked = threading.Thread(
         target=lambda: target.propose(
-            following.names, following.states, following.tensors, longest=following.longest, k=K
+            following.names, following.states, following.tensors, coming=following.coming, k=K
         )
     )
     asked.start()
@@ -310,7 +311,7 @@ def test_proposals_that_come_later_are_those_that_come_at_once(mailbox, target, 
             echo.delay.set()
         wanted = any(anchor >= 0 for *_, anchor in step.seen)
         tokens = target.propose(
-            step.names, step.states, step.tensors, longest=step.longest, k=K, wanted=wanted, comes_later=late
+            step.names, step.states, step.tensors, coming=step.coming, k=K, wanted=wanted, comes_later=late
         )
         if late:
             assert (tokens == -1).all()
@@ -328,9 +329,9 @@ def test_proposals_that_are_not_collected_are_lost_with_the_next_step(mailbox, t
     first = imagined.step()
     while not any(anchor >= 0 for *_, anchor in first.seen):
         first = imagined.step()
-    target.propose(first.names, first.states, first.tensors, longest=first.longest, k=K, comes_later=True)
+    target.propose(first.names, first.states, first.tensors, coming=first.coming, k=K, comes_later=True)
     second = imagined.step()
-    tokens = target.propose(second.names, second.states, second.tensors, longest=second.longest, k=K)
+    tokens = target.propose(second.names, second.states, second.tensors, coming=second.coming, k=K)
     for (*_, anchor), ids in zip(second.seen, tokens.tolist(), strict=True):
         assert ids == [anchor if anchor >= 0 else -1] * K
     assert [seen.number for seen in echo.seen] == [1, 2]
@@ -367,7 +368,7 @@ def test_nothing_is_asked_without_a_watchdog_a_draft_or_a_closed_breaker(mailbox
     step = ImaginedTarget(seed=0).step()
 
     def ask() -> torch.Tensor:
-        return target.propose(step.names, step.states, step.tensors, longest=step.longest, k=K)
+        return target.propose(step.names, step.states, step.tensors, coming=step.coming, k=K)
 
     for word, value in ((HEARTBEAT, 1), (OPEN_UNTIL, 2**63)):
         kept = mailbox.long_word(word)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unmask.pairing.coming_rows import ComingRows
 from unmask.pairing.page_hashes import PageHashes, hash_pages
 from unmask.pairing.page_pool import PagePool
 from unmask.pairing.page_tables import Key, PageTables
@@ -31,20 +32,20 @@ class Simulation:
         self.text_of: dict[Key, list[int]] = {}
         self.stored: set[tuple[int, tuple[int, ...]]] = set()
 
-    def step(self, rows: list[tuple[Key, int, int]]) -> list[bool]:
-        """Rows (key, start, count) of one step."""
+    def step(self, rows: list[tuple[Key, int, int]], ahead: str = "never") -> list[bool]:
+        """Rows (key, start, count) of one step, covered before they come or never; "in vain" they do not come."""
         hashes = [
             self.hashes.of(hash(key), start, start + count, np.array(self.text_of[key])) for key, start, count in rows
         ]
-        reserved = self.tables.reserve(
-            [key for key, _, _ in rows],
-            np.array([start for _, start, _ in rows]),
-            np.array([count for _, _, count in rows]),
-            hashes,
-        )
-        copies = [(new, self.pool[old * PAGE : (old + 1) * PAGE]) for old, new in self.tables.take_copies()]
-        for new, content in copies:
-            self.pool[new * PAGE : (new + 1) * PAGE] = content
+        keys = [key for key, _, _ in rows]
+        starts, counts = np.array([start for _, start, _ in rows]), np.array([count for _, _, count in rows])
+        slots_before = None if ahead == "never" else self.cover(keys, ComingRows(counts, starts), hashes)
+        if ahead == "in vain":
+            self.tables.trim(keys)
+            return [True] * len(rows)
+        reserved = self.tables.reserve(keys, starts, counts, hashes)
+        assert slots_before is None or reserved.slots.tolist() == slots_before
+        self.copy_pages()
         slots, positions = iter(reserved.slots.tolist()), iter(reserved.positions.tolist())
         for (key, _, count), keep in zip(rows, reserved.kept.tolist(), strict=True):
             for _ in range(count if keep else 0):
@@ -52,6 +53,25 @@ class Simulation:
                 self.pool[next(slots)] = tuple(self.text_of[key][: position + 1])
         assert next(slots, None) is None
         return reserved.kept.tolist()
+
+    def cover(self, keys: list[Key], coming: ComingRows, hashes: list[tuple[int, ...]]) -> list[int] | None:
+        """Where a draft that knows of the rows would put them; None where it has to wait for them."""
+        has_room = self.tables.cover(keys, coming, self.tables.pool.num_pages, hashes)
+        self.copy_pages()
+        if not has_room:
+            return None
+        table = self.tables.table(keys)
+        assert table.lengths.tolist() == coming.starts.tolist()
+        return [
+            int(pages[position // PAGE]) * PAGE + position % PAGE
+            for pages, start, count in zip(table.pages, coming.starts.tolist(), coming.most.tolist(), strict=True)
+            for position in range(start, start + count)
+        ]
+
+    def copy_pages(self) -> None:
+        copies = [(new, self.pool[old * PAGE : (old + 1) * PAGE]) for old, new in self.tables.take_copies()]
+        for new, content in copies:
+            self.pool[new * PAGE : (new + 1) * PAGE] = content
 
     def check(self) -> None:
         """Every position that is held has the value of its own text; no page is lost."""
@@ -91,10 +111,13 @@ ROWS = st.lists(st.tuples(KEYS, st.integers(0, 3), st.integers(0, 9)), min_size=
     st.lists(st.one_of(ROWS, KEYS, st.integers(0, 1)), max_size=25),
     st.sampled_from([3, 9, 200]),
     st.lists(st.integers(0, 3), min_size=12, max_size=12),
+    st.lists(st.sampled_from(["never", "covered", "in vain"]), min_size=25, max_size=25),
 )
-def test_whatever_happens_a_request_sees_its_own_context(program: list, num_pages: int, texts: list[int]) -> None:
+def test_whatever_happens_a_request_sees_its_own_context(
+    program: list, num_pages: int, texts: list[int], aheads: list[str]
+) -> None:
     simulation = Simulation(num_pages)
-    for operation in program:
+    for operation, ahead in zip(program, aheads, strict=False):
         if isinstance(operation, list):
             rows = []
             for key, how, count in operation:
@@ -105,7 +128,7 @@ def test_whatever_happens_a_request_sees_its_own_context(program: list, num_page
             rows = [row for row in rows if row[1] <= 40]
             fresh = [row for row in rows if simulation.tables.length(row[0]) is None]
             expected = [simulation.findable(key[0], simulation.text_of[key], start) for key, start, _ in fresh]
-            kept = dict(zip([key for key, _, _ in rows], simulation.step(rows), strict=True))
+            kept = dict(zip([key for key, _, _ in rows], simulation.step(rows, ahead), strict=True))
             for (key, start, _), found in zip(fresh, expected, strict=True):
                 if num_pages == 200:
                     gap_start, gap_end = simulation.tables.table([key]).gaps[0].tolist()
@@ -226,7 +249,7 @@ def test_pages_that_were_covered_are_those_that_rows_are_put_into() -> None:
     starts = np.zeros(5, dtype=np.int64)
     for _ in range(40):
         counts = np.array([rng.randint(1, 6) for _ in keys])
-        assert covered.cover(keys, 6, 64) == starts.all()
+        assert covered.cover(keys, ComingRows.following([6] * 5), 64) == starts.all()
         for tables in (covered, plain):
             reserved = tables.reserve(keys, starts, counts)
             assert reserved.kept.all()
@@ -237,7 +260,7 @@ def test_pages_that_were_covered_are_those_that_rows_are_put_into() -> None:
             for tables in (covered, plain):
                 tables.free(keys[victim])
             starts[victim] = 0
-            assert not covered.cover(keys, 6, 64)
+            assert not covered.cover(keys, ComingRows.following([6] * 5), 64)
     held = [key for key in keys if covered.length(key)]
     pages = [page for key in held for page in covered.table([key]).pages[0, : -(-covered.length(key) // 4)].tolist()]
     assert len(set(pages)) == len(pages) > 8
@@ -246,12 +269,27 @@ def test_pages_that_were_covered_are_those_that_rows_are_put_into() -> None:
 def test_only_a_request_of_its_own_pages_is_covered() -> None:
     tables = PageTables(3, 4)
     tables.reserve([(0, 1)], np.array([0]), np.array([6]))
-    assert tables.cover([(0, 1)], 6, 3)
-    assert not tables.cover([(0, 1)], 7, 3)
-    assert not tables.cover([(0, 1)], 6, 2)
-    assert not tables.cover([(0, 2)], 1, 3)
+    assert tables.cover([(0, 1)], ComingRows.following([6]), 3)
+    assert not tables.cover([(0, 1)], ComingRows.following([7]), 3)
+    assert not tables.cover([(0, 1)], ComingRows.following([6]), 2)
+    assert not tables.cover([(0, 2)], ComingRows.following([1]), 3)
     tables.reserve([(0, 1)], np.array([5]), np.array([0]))
-    assert not tables.cover([(0, 1)], 1, 3)
+    assert not tables.cover([(0, 1)], ComingRows.following([1]), 3)
+    # Where it says where it begins, it is placed.
+    assert tables.cover([(0, 1)], ComingRows(np.array([1]), np.array([5])), 3)
+    assert tables.cover([(0, 2)], ComingRows(np.array([1]), np.array([0])), 3)
+    assert not tables.cover([(0, 2)], ComingRows(np.array([13]), np.array([0])), 3)
+
+
+@pytest.mark.parametrize("start", [3, 4, 70])
+def test_rows_that_did_not_come_leave_a_gap_that_holds_no_page(start: int) -> None:
+    simulation = Simulation(40)
+    simulation.text_of[0, 1] = [5] * 90
+    simulation.step([((0, 1), start, 9)], "in vain")
+    assert (simulation.tables.num_rows((0, 1)), simulation.tables.resident_pages) == (0, 0)
+    simulation.check()
+    assert simulation.step([((0, 1), start, 1)]) == [True]
+    simulation.check()
 
 
 def test_a_request_that_went_back_into_its_gap_holds_no_page() -> None:
@@ -267,15 +305,15 @@ def test_a_request_that_went_back_into_its_gap_holds_no_page() -> None:
 def test_what_was_covered_in_vain_is_given_back() -> None:
     tables = PageTables(128, 4)
     tables.reserve([(0, 1)], np.array([0]), np.array([160]))
-    assert tables.cover([(0, 1)], 200, 128)
+    assert tables.cover([(0, 1)], ComingRows.following([200]), 128)
     assert tables.resident_pages == 90
     # A gap, in place of the rows that were to come.
     tables.reserve([(0, 1)], np.array([163]), np.array([2]))
     assert tables.resident_pages == 42
-    assert tables.cover([(0, 1)], 20, 128)
+    assert tables.cover([(0, 1)], ComingRows.following([20]), 128)
     tables.trim([(0, 1), (0, 9)])
     assert tables.resident_pages == 42
-    assert not tables.cover([(0, 1)], 900, 128)
+    assert not tables.cover([(0, 1)], ComingRows.following([900]), 128)
     assert tables.resident_pages == 42
     tables.free((0, 1))
     assert tables.resident_pages == 0

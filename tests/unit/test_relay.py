@@ -16,6 +16,7 @@ from unmask.errors import WireError
 from unmask.pairing.announcement import Announcement, check_tokens, decode_tokens
 from unmask.pairing.batcher import Batcher
 from unmask.pairing.channel import Channel
+from unmask.pairing.coming_rows import ComingRows
 from unmask.pairing.draft_engine import DraftEngine
 from unmask.pairing.local_drafting import LocalDrafting
 from unmask.pairing.mailbox_words import STEP_MASK, signed
@@ -46,7 +47,7 @@ def announced(
         num_speculative_tokens=k,
         requests=np.array(requests, dtype=np.uint64),
         finished=np.empty(0, dtype=np.uint64),
-        longest=longest,
+        coming=ComingRows.following([longest] * len(requests)),
         max_requests=8,
         max_rows=max_rows,
         dtype=dtype,
@@ -139,7 +140,7 @@ def test_what_was_announced_or_not_is_answered_alike(relayed) -> None:
     relayed.check(step_of(engine, 4, [(7, 17, 1, 5), (8, 7, 1, 6)]))
     if isinstance(engine, CountingEngine):
         # A step is booked when its reply is on its way.
-        eventually(lambda: engine.ahead_steps == 3)
+        eventually(lambda: engine.ahead_steps == 4)
 
 
 def test_a_step_keeps_the_number_of_its_target_where_that_is_new(relayed) -> None:

@@ -21,6 +21,7 @@ from unmask.pairing.announcement import (
     encode_tokens,
     num_feature_rows,
 )
+from unmask.pairing.coming_rows import ComingRows
 from unmask.pairing.hello import decode_hello
 from unmask.pairing.mailbox_words import signed
 from unmask.pairing.wire import Kind, Proposals, Step
@@ -193,15 +194,18 @@ def test_a_frame_that_is_not_due_is_refused(header: bytes, message: str) -> None
 @st.composite
 def announcements(draw: st.DrawFn) -> Announcement:
     most = draw(st.integers(1, 50))
+    requests = draw(st.lists(U64, max_size=most, unique=True))
+    places = st.tuples(st.integers(0, 40), st.integers(-1, 2**31 - 1))
+    coming = np.array([draw(places) for _ in requests], dtype=np.int64).reshape(-1, 2)
     return Announcement(
         number=draw(st.integers(0, 2**32 - 1)),
         draft_version=draw(U64),
         num_speculative_tokens=draw(st.integers(1, 255)),
-        requests=np.array(draw(st.lists(U64, max_size=most, unique=True)), dtype=np.uint64),
+        requests=np.array(requests, dtype=np.uint64),
         finished=np.array(draw(st.lists(U64, max_size=4)), dtype=np.uint64),
-        longest=draw(st.integers(0, 40)),
+        coming=ComingRows(coming[:, 0], coming[:, 1]),
         max_requests=most,
-        max_rows=draw(st.integers(40, 2**32 - 1)),
+        max_rows=draw(st.integers(40 * 50, 2**32 - 1)),
         dtype=draw(st.sampled_from(wire.ROW_DTYPES)),
     )
 
@@ -209,8 +213,10 @@ def announcements(draw: st.DrawFn) -> Announcement:
 @given(announcements())
 def test_an_announcement_survives_the_wire(announcement: Announcement) -> None:
     read = decode_announcement(joined(encode_announcement(announcement)))
-    for name in Announcement.__dataclass_fields__:
+    for name in set(Announcement.__dataclass_fields__) - {"coming"}:
         np.testing.assert_array_equal(getattr(read, name), getattr(announcement, name))
+    for name in ComingRows.__dataclass_fields__:
+        np.testing.assert_array_equal(getattr(read.coming, name), getattr(announcement.coming, name))
 
 
 def test_rows_in_eight_bits_are_bounded_and_close() -> None:
@@ -290,23 +296,23 @@ def test_rows_are_what_was_announced(row: tuple[int, int, int], message: str | N
     rows = np.array([[3, 2, 9, -7], [*row, -7]], dtype=np.int32)
     if message is not None:
         with pytest.raises(WireError, match=message):
-            check_rows(rows.data.cast("B"), 6, of_two_requests(number, longest=4), vocab_size=10)
+            check_rows(rows.data.cast("B"), 6, of_two_requests(number, most=4), vocab_size=10)
         return
-    check_rows(rows.data.cast("B"), 6, of_two_requests(number, longest=4), vocab_size=10)
+    check_rows(rows.data.cast("B"), 6, of_two_requests(number, most=4), vocab_size=10)
     with pytest.raises(WireError, match="more than were announced"):
-        check_rows(rows.data.cast("B"), 6, of_two_requests(number, longest=3), vocab_size=10)
+        check_rows(rows.data.cast("B"), 6, of_two_requests(number, most=3), vocab_size=10)
     with pytest.raises(WireError, match="of another step"):
-        check_rows(rows.data.cast("B"), 6, of_two_requests(number + 1, longest=4), vocab_size=10)
+        check_rows(rows.data.cast("B"), 6, of_two_requests(number + 1, most=4), vocab_size=10)
 
 
-def of_two_requests(number: int, longest: int) -> Announcement:
+def of_two_requests(number: int, most: int) -> Announcement:
     return Announcement(
         number=number,
         draft_version=1,
         num_speculative_tokens=3,
         requests=np.array([1, 2], dtype=np.uint64),
         finished=np.empty(0, dtype=np.uint64),
-        longest=longest,
+        coming=ComingRows.following([most, most]),
         max_requests=2,
         max_rows=8,
         dtype=torch.float32,
@@ -314,13 +320,17 @@ def of_two_requests(number: int, longest: int) -> Announcement:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"max_requests": 0}, {"max_rows": 0}, {"longest": 9}, {"num_speculative_tokens": 0}]
+    "changes", [{"max_requests": 0}, {"max_rows": 0}, {"coming": [9]}, {"num_speculative_tokens": 0}]
 )
-def test_an_announcement_of_the_impossible_is_refused(changes: dict[str, int]) -> None:
-    sizes = {"num_speculative_tokens": 3, "longest": 0, "max_requests": 1, "max_rows": 8}
-    none = np.empty(0, dtype=np.uint64)
+def test_an_announcement_of_the_impossible_is_refused(changes: dict) -> None:
+    sizes = {"num_speculative_tokens": 3, "coming": [8], "max_requests": 1, "max_rows": 8} | changes
     announcement = Announcement(
-        number=1, draft_version=1, **(sizes | changes), requests=none, finished=none, dtype=torch.float32
+        number=1,
+        draft_version=1,
+        requests=np.array([7], dtype=np.uint64),
+        finished=np.empty(0, dtype=np.uint64),
+        dtype=torch.float32,
+        **(sizes | {"coming": ComingRows.following(sizes["coming"])}),
     )
     with pytest.raises(WireError, match="an ANNOUNCE message of"):
         decode_announcement(joined(encode_announcement(announcement)))

@@ -11,6 +11,7 @@ import torch
 
 from tests.mailbox_tools import LAYOUT
 from unmask.pairing.announcement import encode_tokens
+from unmask.pairing.coming_rows import ComingRows
 from unmask.pairing.mailbox import Control, Mailbox
 from unmask.pairing.mailbox_words import ANSWERED, BEGUN, DOORBELL, LATE, REPLY, signed
 from unmask.pairing.wire_end import WireEnd
@@ -31,7 +32,7 @@ class Step:
             draft_version=1,
             requests=np.array([7, 8], dtype=np.uint64),
             finished=np.empty(0, dtype=np.uint64),
-            longest=4,
+            coming=ComingRows.following([4, 4]),
         )
         for word in (BEGUN, DOORBELL, REPLY):
             self.box.set_word(word, NUMBER - 1)

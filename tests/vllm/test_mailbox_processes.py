@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -21,6 +22,7 @@ from tests.mailbox_tools import LAYOUT, ImaginedTarget, TargetStep, watchdog
 from tests.pairing_tools import BLOCK_SIZE, SECRET, SHAPE, eventually, tiny_draft, tiny_vocabulary
 from unmask.checkpoints import save_draft
 from unmask.pairing.client import DraftLink
+from unmask.pairing.coming_rows import ComingRows
 from unmask.pairing.link_file import LinkConfig, read_link_file, write_link_file
 from unmask.pairing.mailbox import Mailbox
 from unmask.pairing.mailbox_folder import new_path
@@ -45,7 +47,7 @@ class Side:
     processes: dict[str, subprocess.Popen]
 
     def ask(self, step: TargetStep) -> list[list[int]]:
-        tokens = self.target.propose(step.names, step.states, step.tensors, longest=step.longest, k=K)
+        tokens = self.target.propose(step.names, step.states, step.tensors, coming=step.coming, k=K)
         return [[token for token in ids if token >= 0] for ids in tokens.tolist()]
 
     def signal(self, name: str, number: signal.Signals) -> None:
@@ -170,7 +172,7 @@ def one_request() -> TargetStep:
         last_sampled=torch.tensor([[5]]),
     )
     states = [torch.randn(9, SHAPE.hidden_size, generator=generator) for _ in SHAPE.layer_ids]
-    return TargetStep([f"probe-{one_request.born}"], states, tensors, 9, [])
+    return TargetStep([f"probe-{one_request.born}"], states, tensors, ComingRows(np.array([9]), np.array([0])), [])
 
 
 def test_without_a_watchdog_nothing_is_asked_that_could_hang(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from unmask.pairing.context_cache import ContextCache
 from unmask.pairing.graphed_blocks import GraphedBlocks
 from unmask.pairing.mailbox import Control
 from unmask.pairing.mailbox_words import signed
+from unmask.pairing.page_hashes import hashes_by_row
 from unmask.pairing.page_tables import Key
 from unmask.pairing.stream_end import SeenStep, StreamEnd
 from unmask.pairing.wire import EIGHT_BIT
@@ -39,12 +40,14 @@ class AheadStep:
         keys: its requests.
         lengths: int64 [R], where each request's rows must begin.
         has_gap: bool [R].
+        hashes: of each request's last full pages, if any are told.
     """
 
     control: Control
     keys: list[Key]
     lengths: np.ndarray
     has_gap: np.ndarray
+    hashes: list[list[int]] | None
 
     @classmethod
     def queue(
@@ -59,30 +62,35 @@ class AheadStep:
         """Give its requests the pages that may be needed, and queue it.
 
         Returns:
-            None for a step that has to wait for its rows: one with requests that are new, went back, share a page that
-            would change, or come near the last position, or one that no graphs were recorded for.
+            None for a step that has to wait for its rows: one with requests that are new, went back or share a page
+            that would change and do not say where they begin, or come near the last position, or one that no graphs
+            were recorded for.
         """
-        tables, layout = cache.tables, end.mailbox.layout
+        tables, layout, coming = cache.tables, end.mailbox.layout, control.coming
         num_requests, k = len(control.requests), control.num_speculative_tokens
         keys = [(session, request) for request in control.requests.tolist()]
         is_plain = (
             layout.dtype in (cache.keys.dtype, EIGHT_BIT)
             and layout.width == config.hidden_size
             and 0 < k < config.block_size
-            and control.longest > 0
-            and control.num_hashes is None
+            and int(coming.most.min(initial=1)) > 0
             and 0 < num_requests == len(set(keys)) <= layout.max_requests
         )
-        if not is_plain or not blocks.can_run_ahead(num_requests, control.longest, k):
+        if not is_plain or not blocks.can_run_ahead(num_requests, coming.total, k):
             return None
-        if not tables.cover(keys, control.longest, blocks.max_pages):
+        hashes = None
+        if control.num_hashes is not None:
+            if (control.num_hashes > np.maximum(coming.starts + coming.most, 0) // cache.page_size).any():
+                return None
+            hashes = hashes_by_row(control.page_hashes, control.num_hashes)
+        if not cache.cover(keys, coming, blocks.max_pages, hashes):
             return None
         table, lengths = tables.table(keys), tables.lengths(keys)
-        if int(lengths.max()) + control.longest + k >= config.max_position_embeddings:
+        if int((lengths + coming.most).max()) + k >= config.max_position_embeddings:
             tables.trim(keys)
             return None
-        blocks.run_ahead(end, control.number, control.longest, table, k)
-        return cls(control, keys, lengths, table.gaps[:, 1] > table.gaps[:, 0])
+        blocks.run_ahead(end, control.number, coming.most, table, k)
+        return cls(control, keys, lengths, table.gaps[:, 1] > table.gaps[:, 0], hashes)
 
     def book(self, seen: SeenStep, cache: ContextCache, config: DFlashConfig) -> Booking:
         """Take note of what its rows were, once its stream has come to the end."""
@@ -92,9 +100,10 @@ class AheadStep:
             cache.tables.trim(self.keys)
             return Booking(np.zeros(len(starts), dtype=np.int64), 0, all_served=False)
         served = (tags == signed(control.number)) & (starts == self.lengths)
-        served &= (counts > 0) & (counts <= control.longest)
+        served &= (counts > 0) & (counts <= control.coming.most)
         picked = np.flatnonzero(served)
-        cache.reserve([self.keys[i] for i in picked], starts[picked], counts[picked])
+        hashes = [self.hashes[i] for i in picked] if self.hashes else None
+        cache.reserve([self.keys[i] for i in picked], starts[picked], counts[picked], hashes)
         cache.tables.trim(self.keys)
         k, ends = control.num_speculative_tokens, starts + counts
         wanted = served & (last >= 0) & (ends + k < config.max_position_embeddings)

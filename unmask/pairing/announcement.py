@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from unmask.errors import WireError
+from unmask.pairing.coming_rows import ComingRows
 from unmask.pairing.mailbox_words import STEP_MASK, signed
 from unmask.pairing.wire import MAX_ROWS, MAX_SPECULATIVE_TOKENS, ROW_DTYPES, Buffer, dtype_of
 
 ROW_BYTES = 16
 """A row of a mailbox: int32 start, number of features, last token (negative: no proposal wanted), and a tag."""
-_ANNOUNCE = struct.Struct("<Q6IHBx")
+_ANNOUNCE = struct.Struct("<Q5IHBx")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +30,7 @@ class Announcement:
         num_speculative_tokens: K.
         requests: uint64 numbers [R], in the order of the rows to come.
         finished: uint64 numbers of requests that the draft may forget.
-        longest: most feature rows that a request can have.
+        coming: feature rows of these requests.
         max_requests, max_rows: of any step of this worker.
         dtype: element type of its feature rows.
     """
@@ -39,7 +40,7 @@ class Announcement:
     num_speculative_tokens: int
     requests: np.ndarray
     finished: np.ndarray
-    longest: int
+    coming: ComingRows
     max_requests: int
     max_rows: int
     dtype: torch.dtype
@@ -51,36 +52,38 @@ def encode_announcement(announcement: Announcement) -> list[Buffer]:
         announcement.draft_version,
         len(announcement.requests),
         len(announcement.finished),
-        announcement.longest,
         announcement.max_requests,
         announcement.max_rows,
         announcement.number,
         announcement.num_speculative_tokens,
         ROW_DTYPES.index(announcement.dtype),
     )
-    return [header, *(numbers.astype("<u8").tobytes() for numbers in (announcement.requests, announcement.finished))]
+    numbers = (announcement.requests, announcement.coming.pack(), announcement.finished)
+    return [header, *(each.astype("<u8").tobytes() for each in numbers)]
 
 
 def decode_announcement(payload: Buffer) -> Announcement:
     """Read an ANNOUNCE payload. Raises WireError."""
     if len(payload) < _ANNOUNCE.size:
         raise WireError("an ANNOUNCE message is cut short")
-    version, num_rows, num_finished, longest, max_requests, max_rows, number, k, code = _ANNOUNCE.unpack_from(payload)
-    if len(payload) != _ANNOUNCE.size + 8 * (num_rows + num_finished):
+    version, num_rows, num_finished, max_requests, max_rows, number, k, code = _ANNOUNCE.unpack_from(payload)
+    if len(payload) != _ANNOUNCE.size + 8 * (2 * num_rows + num_finished):
         raise WireError("the size of an ANNOUNCE message does not match its fields")
-    is_possible = 1 <= max_requests <= MAX_ROWS and num_rows <= max_requests and max(longest, 1) <= max_rows
+    numbers = np.frombuffer(payload, dtype="<u8", offset=_ANNOUNCE.size).copy()
+    requests, words, finished = np.split(numbers, [num_rows, 2 * num_rows])
+    coming = ComingRows.unpack(words)
+    is_possible = 1 <= max_requests <= MAX_ROWS and num_rows <= max_requests and max(coming.total, 1) <= max_rows
     if not 1 <= k <= MAX_SPECULATIVE_TOKENS or not is_possible:
         raise WireError(f"an ANNOUNCE message of {num_rows} rows of {max_requests}, K = {k}")
-    numbers = np.frombuffer(payload, dtype="<u8", offset=_ANNOUNCE.size).copy()
-    if len(np.unique(numbers[:num_rows])) != num_rows:
+    if len(np.unique(requests)) != num_rows:
         raise WireError("an ANNOUNCE message names a request twice")
     return Announcement(
         number=number,
         draft_version=version,
         num_speculative_tokens=k,
-        requests=numbers[:num_rows],
-        finished=numbers[num_rows:],
-        longest=longest,
+        requests=requests,
+        finished=finished,
+        coming=coming,
         max_requests=max_requests,
         max_rows=max_rows,
         dtype=dtype_of(code),
@@ -100,7 +103,8 @@ def check_rows(rows: memoryview, num_features: int, announced: Announcement, voc
     # Lists, for the first array operation after a rest takes ten times as long.
     words = rows.cast("i").tolist()
     starts, counts, tokens, tags = words[::4], words[1::4], words[2::4], words[3::4]
-    if sum(counts) != num_features or min(counts, default=0) < 0 or max(counts, default=0) > announced.longest:
+    too_many = any(count > most for count, most in zip(counts, announced.coming.most.tolist(), strict=True))
+    if sum(counts) != num_features or min(counts, default=0) < 0 or too_many:
         raise WireError("the rows of a ROWS message do not add up to its features, or are more than were announced")
     if tags.count(signed(announced.number)) != len(tags):
         raise WireError("a row of a ROWS message is of another step")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from unmask.errors import ConfigError
+from unmask.pairing.coming_rows import ComingRows
 from unmask.pairing.page_hashes import PAGE_SIZE
 from unmask.pairing.page_tables import Key, PageTable, PageTables, Reservation
 
@@ -67,6 +68,22 @@ class ContextCache:
     ) -> Reservation:
         """See `PageTables.reserve`; shared pages that are about to change are copied."""
         reservation = self.tables.reserve(keys, starts, counts, hashes)
+        self._copy_pages()
+        return reservation
+
+    def cover(
+        self,
+        keys: Sequence[Key],
+        coming: ComingRows,
+        last_page: int,
+        hashes: Sequence[Sequence[int]] | None = None,
+    ) -> bool:
+        """See `PageTables.cover`; copied likewise."""
+        has_room = self.tables.cover(keys, coming, last_page, hashes)
+        self._copy_pages()
+        return has_room
+
+    def _copy_pages(self) -> None:
         copies = self.tables.take_copies()
         if copies:
             offsets = torch.arange(self.page_size)
@@ -76,7 +93,6 @@ class ContextCache:
             )
             for pool in (self.keys, self.values):
                 pool.index_copy_(1, new, pool.index_select(1, old))
-        return reservation
 
     def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store rows at reserved slots: int64 [T], and keys and values [L, T, num_kv_heads, d].

@@ -24,7 +24,7 @@ from unmask.pairing.context_cache import ContextCache
 from unmask.pairing.graphed_blocks import GraphedBlocks, halvings
 from unmask.pairing.hello import Hello, draft_version, hello_of
 from unmask.pairing.mailbox import Control
-from unmask.pairing.page_hashes import PAGE_SIZE
+from unmask.pairing.page_hashes import PAGE_SIZE, hashes_by_row
 from unmask.pairing.page_tables import Key, Reservation
 from unmask.pairing.side_copies import move_beside
 from unmask.pairing.stream_end import SeenStep, StreamEnd
@@ -291,7 +291,7 @@ class DraftEngine:
         min_chance = np.repeat([step.min_chance for _, step in current], num_rows)
         keys: list[Key] = list(zip(sessions.tolist(), rows["request"].tolist(), strict=True))
         starts, num_features = rows["start"].astype(np.int64), rows["num_features"].astype(np.int64)
-        hashes = _by_row(np.concatenate([step.page_hashes for _, step in current]), rows["num_hashes"])
+        hashes = hashes_by_row(np.concatenate([step.page_hashes for _, step in current]), rows["num_hashes"])
         reserved = self._cache.reserve(keys, starts, num_features, hashes)
         self._append([step.features for _, step in current], reserved, num_features)
 
@@ -351,11 +351,3 @@ class DraftEngine:
 def _first_columns(tokens: np.ndarray, k: int) -> np.ndarray:
     """int32 [R, k], also where no row was run at all."""
     return tokens[:, :k].astype(np.int32) if len(tokens) else np.zeros((0, k), dtype=np.int32)
-
-
-def _by_row(hashes: np.ndarray, counts: np.ndarray) -> list[list[int]] | None:
-    """Page hashes of each row; None where there are none at all."""
-    if not len(hashes):
-        return None
-    ends = np.cumsum(counts)[:-1]
-    return [row.tolist() for row in np.split(hashes, ends)]

@@ -177,11 +177,11 @@ class GraphedBlocks(BlockDrafter):
         graph.replay()
         return ids
 
-    def can_run_ahead(self, num_requests: int, longest: int, k: int) -> bool:
-        """Whether nothing has to be recorded or cut into parts for a step of R requests with up to `longest` rows."""
-        if num_requests > self._ladder[-1] or num_requests * longest > ROW_LADDER[-1]:
+    def can_run_ahead(self, num_requests: int, num_rows: int, k: int) -> bool:
+        """Whether nothing has to be recorded or cut into parts for a step of R requests with up to `num_rows` rows."""
+        if num_requests > self._ladder[-1] or num_rows > ROW_LADDER[-1]:
             return False
-        batch, rows = _rung(self._ladder, num_requests), _rung(ROW_LADDER, num_requests * longest)
+        batch, rows = _rung(self._ladder, num_requests), _rung(ROW_LADDER, num_rows)
         return not self._on_gpu or ((batch, k) in self._graphs and rows in self._append_graphs)
 
     @property
@@ -190,22 +190,22 @@ class GraphedBlocks(BlockDrafter):
         return len(self._inputs) - PAGES
 
     @torch.inference_mode()
-    def run_ahead(self, end: StreamEnd, number: int, longest: int, table: PageTable, k: int) -> None:
+    def run_ahead(self, end: StreamEnd, number: int, most: np.ndarray, table: PageTable, k: int) -> None:
         """Queue a step behind its doorbell: append the rows that it will bring, draft, answer.
 
         Args:
             end: the mailbox's.
             number: the step.
-            longest: most rows of one request.
-            table: of its requests, with room for `longest` rows more.
+            most: int64 [R] rows of each request at most.
+            table: of its requests, with room for them.
             k: tokens to draft; see `can_run_ahead`.
         """
         size = len(table.lengths)
-        batch, rows = _rung(self._ladder, size), _rung(ROW_LADDER, size * longest)
+        batch, rows = _rung(self._ladder, size), _rung(ROW_LADDER, int(most.sum()))
         into = self._destination(rows)
         with torch.cuda.device_of(self._inputs):
-            fields = self._upload(0, 0, table, slice(0, size), batch)
-            end.begin(number, size, longest, into)
+            fields = self._upload(0, most, table, slice(0, size), batch)
+            end.begin(number, size, int(most.max()), into)
             if self._on_gpu:
                 self._append_graphs[rows].replay()
             else:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from unmask.errors import ConfigError, WireError
 from unmask.files import atomic_path
+from unmask.pairing.coming_rows import ComingRows
 from unmask.pairing.mailbox_layout import DEPTH, ENTRY, HEADER, MAX_HASHES, Layout
 from unmask.pairing.mailbox_words import (
     ANSWERED,
@@ -58,7 +59,7 @@ class Control:
         draft_version: of the projection that makes the features.
         requests: uint64 numbers [R], in the order of the rows.
         finished: uint64 numbers of requests that will not be named again.
-        longest: most feature rows that a request can have.
+        coming: feature rows of these requests.
         num_hashes: page hashes of each request [R] (see `Step`), at most `MAX_HASHES` in all.
         page_hashes: uint64, request after request.
     """
@@ -68,7 +69,7 @@ class Control:
     draft_version: int
     requests: np.ndarray
     finished: np.ndarray
-    longest: int
+    coming: ComingRows
     num_hashes: np.ndarray | None = None
     page_hashes: np.ndarray = field(default_factory=lambda: NO_HASHES)
 
@@ -136,12 +137,13 @@ class Mailbox(MailboxWords):
         numbers = entry[ENTRY.size :].view(np.uint64)
         # An entry of another step until it is whole.
         other = (number - DEPTH) & STEP_MASK
-        sizes = (num_rows, control.num_speculative_tokens, num_finished, control.longest, len(control.page_hashes))
+        sizes = (num_rows, control.num_speculative_tokens, num_finished, len(control.page_hashes))
         entry[: ENTRY.size] = np.frombuffer(ENTRY.pack(other, *sizes, control.draft_version, other, 0), np.uint8)
         numbers[:num_rows] = control.requests
         numbers[num_rows : num_rows + num_finished] = control.finished
+        coming_at, counts_at, hashes_at = (n * self.layout.max_requests for n in (2, 3, 4))
+        numbers[coming_at : coming_at + num_rows] = control.coming.pack()
         if control.num_hashes is not None:
-            counts_at, hashes_at = 2 * self.layout.max_requests, 3 * self.layout.max_requests
             numbers[counts_at : counts_at + num_rows] = control.num_hashes
             numbers[hashes_at : hashes_at + len(control.page_hashes)] = control.page_hashes
         entry[ENTRY.size - 8 : ENTRY.size - 4].view(np.uint32)[0] = number
@@ -152,13 +154,14 @@ class Mailbox(MailboxWords):
         """The control entry of a step; None if another has taken its place."""
         entry, most = self._entry(number), self.layout.max_requests
         head = ENTRY.unpack(entry[: ENTRY.size].tobytes())
-        first, num_rows, k, num_finished, longest, num_hashes, version, last, _ = head
-        if first != number or last != number or num_rows + num_finished > 2 * most or num_hashes > MAX_HASHES:
+        first, num_rows, k, num_finished, num_hashes, version, last, _ = head
+        if first != number or last != number or max(num_rows, num_finished) > most or num_hashes > MAX_HASHES:
             return None
         numbers = entry[ENTRY.size :].view(np.uint64)
         requests, finished = np.split(numbers[: num_rows + num_finished].copy(), [num_rows])
-        counts = numbers[2 * most : 2 * most + num_rows].astype(np.int64) if num_hashes else None
-        hashes = numbers[3 * most : 3 * most + num_hashes].copy()
+        coming = ComingRows.unpack(numbers[2 * most : 2 * most + num_rows])
+        counts = numbers[3 * most : 3 * most + num_rows].astype(np.int64) if num_hashes else None
+        hashes = numbers[4 * most : 4 * most + num_hashes].copy()
         if ENTRY.unpack(entry[: ENTRY.size].tobytes()) != head:
             return None
         return Control(
@@ -167,7 +170,7 @@ class Mailbox(MailboxWords):
             draft_version=version,
             requests=requests,
             finished=finished,
-            longest=longest,
+            coming=coming,
             num_hashes=counts,
             page_hashes=hashes,
         )

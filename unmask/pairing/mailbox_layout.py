@@ -15,7 +15,7 @@ DEPTH = 8
 """Control entries; a target that is further ahead of the replies does not ask."""
 
 HEADER = struct.Struct("<8s6I")
-ENTRY = struct.Struct("<6IQII")
+ENTRY = struct.Struct("<5I4xQII")
 MAX_HASHES = 8192
 """Page hashes of a control entry."""
 
@@ -40,9 +40,9 @@ class Layout:
 
     @property
     def entry_bytes(self) -> int:
-        """One control entry: head, request numbers [R], finished numbers [R], hashes a request [R], hashes, all of 8
-        bytes."""
-        return ENTRY.size + 24 * self.max_requests + 8 * MAX_HASHES
+        """One control entry: head, request numbers [R], finished numbers [R], coming rows [R], hashes a request [R],
+        hashes, all of 8 bytes."""
+        return ENTRY.size + 32 * self.max_requests + 8 * MAX_HASHES
 
     @property
     def control_at(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unmask.errors import UserError
 from unmask.files import atomic_path
+from unmask.pairing.coming_rows import ComingRows
 from unmask.pairing.hello import Hello, TargetShape, decode_hello, encode_hello
 from unmask.pairing.mailbox import Control, Mailbox, take_tokens
 from unmask.pairing.mailbox_layout import DEPTH, MAX_HASHES
@@ -96,7 +97,7 @@ class MailboxTarget:
         states: Sequence[Tensor],
         step: StepTensors,
         *,
-        longest: int,
+        coming: ComingRows,
         k: int,
         hashes: Sequence[Sequence[int]] = (),
         wanted: bool = True,
@@ -109,7 +110,7 @@ class MailboxTarget:
             names: of the R requests, in batch order.
             states: D hidden states [T or more, H] of the query rows.
             step: what the sampler left.
-            longest: most query rows of one request.
+            coming: query rows of each request; where they begin, if the host knows it.
             k: tokens to draft for each request.
             hashes: of each request's last full pages (see `PageHashes`), where the host knows their tokens; a step
                 that has too many to tell is sent without.
@@ -138,7 +139,7 @@ class MailboxTarget:
                 draft_version=offer.draft_version,
                 requests=np.array([self._numbers.of(name) for name in names], dtype=np.uint64),
                 finished=self._unread_finished(),
-                longest=longest,
+                coming=coming,
                 **_told(hashes),
             )
         )
@@ -151,7 +152,7 @@ class MailboxTarget:
         num_tokens = len(step.positions)
         features = offer.projection(torch.cat([h[:num_tokens] for h in states], dim=-1))
         mark("features")
-        self._pack(step, as_rows(features, self._mailbox.layout.dtype), number, longest)
+        self._pack(step, as_rows(features, self._mailbox.layout.dtype), number, coming.longest)
         self._words.write(DOORBELL, number)
         mark("sent")
         if not wanted or comes_later:

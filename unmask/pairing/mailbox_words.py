@@ -18,7 +18,7 @@ that grows while it polls, and the `time.monotonic_ns` before which the breaker 
 
 STEP_MASK = (1 << 32) - 1
 
-MAGIC = b"UNMKMBX2"
+MAGIC = b"UNMKMBX3"
 PAGE = 4096
 """The header and all words lie in the first one."""
 

@@ -53,3 +53,11 @@ def hash_pages(tokens: np.ndarray, page_size: int, before: int = 0) -> list[int]
         before = int.from_bytes(digest.digest(), "little")
         hashes.append(before)
     return hashes
+
+
+def hashes_by_row(hashes: np.ndarray, counts: np.ndarray) -> list[list[int]] | None:
+    """Page hashes of each row; None where there are none at all."""
+    if not len(hashes):
+        return None
+    ends = np.cumsum(counts)[:-1]
+    return [row.tolist() for row in np.split(hashes, ends)]

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from unmask.pairing.coming_rows import ComingRows
 from unmask.pairing.page_pool import PagePool
 
 Key = tuple[int, int]
@@ -137,37 +138,52 @@ class PageTables:
         pages = self._table[np.repeat(table_rows, counts), positions // self.page_size].astype(np.int64)
         return Reservation(kept=kept, positions=positions, slots=pages * self.page_size + positions % self.page_size)
 
-    def cover(self, keys: Sequence[Key], more: int, last_page: int) -> bool:
-        """Give requests the pages for up to `more` rows after their last, before it is known how many will come.
+    def cover(
+        self,
+        keys: Sequence[Key],
+        coming: ComingRows,
+        last_page: int,
+        hashes: Sequence[Sequence[int]] | None = None,
+    ) -> bool:
+        """Give requests the pages for rows that may come; the start rule is applied where it is known how they begin.
 
         Args:
             keys: R distinct requests.
-            more: rows.
+            coming: their rows.
             last_page: columns that a request may have.
+            hashes: see `reserve`; nothing is registered yet.
 
         Returns:
-            False if a request is unknown, went back, would change a page that others rely on, or finds no room: then
-            only `reserve` can tell what to do. What it relies on has not changed.
+            False if a request whose start is not known is new, went back or would change a page that others rely on,
+            or if there is no room for one: then only `reserve` can tell what to do, and does as if nothing had been.
         """
-        entries = [self._entries[key] for key in keys if key in self._entries]
-        if len(entries) < len(keys) or any(entry.went_back for entry in entries):
+        of_row = hashes or [()] * len(keys)
+        rows = list(zip(keys, coming.starts.tolist(), coming.most.tolist(), of_row, strict=True))
+        if any(start < 0 and (key not in self._entries or self._entries[key].went_back) for key, start, *_ in rows):
             return False
         self._clock += 1
         for key in keys:
-            self._touch(key)
-        if all(self._cover(entry, more, min(last_page, self.pool.num_pages)) for entry in entries):
+            if key in self._entries:
+                self._touch(key)
+        most_pages = min(last_page, self.pool.num_pages)
+        if all(self._cover(*row, most_pages) for row in rows):
             return True
         self.trim(keys)
         return False
 
-    def _cover(self, entry: _Entry, more: int, last_page: int) -> bool:
-        end, first = entry.length + more, entry.length // self.page_size
+    def _cover(self, key: Key, start: int, most: int, hashes: Sequence[int], most_pages: int) -> bool:
+        if start >= 0 and -(-(start + most) // self.page_size) > most_pages:
+            return False
+        entry = self._entries[key] if start < 0 else self._placed(key, start, start + most, hashes)
+        end, first = entry.length + most, entry.length // self.page_size
         num_pages = -(-end // self.page_size)
-        if num_pages > last_page:
+        if num_pages > most_pages:
             return False
-        if first < entry.num_pages and self.pool.is_fixed(int(self._table[entry.row, first])):
+        if start < 0 and first < entry.num_pages and self.pool.is_fixed(int(self._table[entry.row, first])):
             return False
-        return num_pages <= entry.num_pages or self._grow(entry, entry.length, end)
+        if start < 0 and num_pages <= entry.num_pages:
+            return True
+        return self._grow(entry, entry.length, end)
 
     def trim(self, keys: Sequence[Key]) -> None:
         """Take back what `cover` gave and no row was put into."""
@@ -225,6 +241,16 @@ class PageTables:
         if num_pages > self.pool.num_pages:
             self.free(key)
             return False
+        entry = self._placed(key, start, end, hashes)
+        if not self._grow(entry, start, end):
+            self.free(key)
+            return False
+        entry.length = end
+        self._register(key[0], entry, hashes)
+        return True
+
+    def _placed(self, key: Key, start: int, end: int, hashes: Sequence[int]) -> _Entry:
+        """The entry of a request, new or not, whose next row is the one at `start`."""
         if key not in self._entries:
             self._entries[key] = _Entry(row=self._new_row())
             self._touch(key)
@@ -233,12 +259,8 @@ class PageTables:
         entry = self._entries[key]
         self._trim(entry)
         self._go_to(entry, start)
-        if not self._grow(entry, start, end):
-            self.free(key)
-            return False
-        entry.length = end
-        self._register(key[0], entry, hashes)
-        return True
+        entry.length = start
+        return entry
 
     def _share_prefix(self, key: Key, hashes: Sequence[int]) -> None:
         """Take over the registered pages of a prefix, up to the first that is not."""
@@ -269,10 +291,7 @@ class PageTables:
             entry.gap_start = entry.gap_end = 0
             return
         entry.gap_end = min(entry.gap_end, start)
-        if entry.gap_end == start:
-            # Nothing is held behind the gap any more.
-            self._shrink(entry, -(-entry.gap_start // self.page_size))
-            entry.num_pages = -(-start // self.page_size)
+        self._clear_gap(entry, start)
 
     def _grow(self, entry: _Entry, start: int, end: int) -> bool:
         """Give positions `start .. end - 1` pages that may be written; False if there are not enough."""
@@ -321,6 +340,15 @@ class PageTables:
         needed = -(-entry.length // self.page_size)
         if entry.num_pages > needed:
             self._shrink(entry, needed)
+        self._clear_gap(entry, entry.length)
+
+    def _clear_gap(self, entry: _Entry, end: int) -> None:
+        """Release the pages of a gap behind which nothing is held up to `end`."""
+        if entry.gap_start < entry.gap_end == end:
+            self._shrink(entry, -(-entry.gap_start // self.page_size))
+            # The page in which it ends, if any, has to be given anew.
+            entry.num_pages = max(entry.num_pages, end // self.page_size)
+            self._widen(entry.num_pages)
 
     def _shrink(self, entry: _Entry, num_pages: int) -> None:
         """Release the pages of all columns from `num_pages` on."""

@@ -17,6 +17,7 @@ from unmask.errors import WireError
 from unmask.files import private_folder
 from unmask.pairing.announcement import ROW_BYTES, Announcement, check_rows, encode_tokens, num_feature_rows
 from unmask.pairing.channel import Channel
+from unmask.pairing.coming_rows import ComingRows
 from unmask.pairing.local_drafting import LocalDrafting
 from unmask.pairing.mailbox import Control, Mailbox
 from unmask.pairing.mailbox_layout import MAX_HASHES, Layout
@@ -100,7 +101,7 @@ class Relay:
                 draft_version=announcement.draft_version,
                 requests=announcement.requests,
                 finished=announcement.finished[: self._layout.max_requests],
-                longest=announcement.longest,
+                coming=announcement.coming,
                 **told,
             )
         )
@@ -150,10 +151,10 @@ class Relay:
 
     def answer(self, step: Step) -> Proposals:
         """Proposals for a step that was not announced. `reply_sent` is due next. Raises WireError."""
-        self._post(self._announcement_of(step), step)
-        box, number, num_rows = self._box, self._number, len(step.rows)
         if len(step.features) > self._layout.max_rows:
             raise WireError("more feature rows than were announced")
+        self._post(self._announcement_of(step), step)
+        box, number, num_rows = self._box, self._number, len(step.rows)
         box.set_word(BEGUN, number)
         for column, name in enumerate(("start", "num_features", "last_token")):
             box.rows[:num_rows, column] = step.rows[name]
@@ -191,7 +192,7 @@ class Relay:
             num_speculative_tokens=step.num_speculative_tokens,
             requests=step.rows["request"],
             finished=step.finished,
-            longest=int(step.rows["num_features"].max(initial=0)),
+            coming=ComingRows(*(step.rows[name].astype(np.int64) for name in ("num_features", "start"))),
             max_requests=self._layout.max_requests,
             max_rows=self._layout.max_rows,
             dtype=self._layout.dtype,

@@ -113,7 +113,7 @@ class Sidecar:
         """See `Proposer.ahead`: what is sent must have been written, but a draft on a GPU can be told of it."""
         hello = self.fleet.hello
         if hello is None or control.num_hashes is not None:
-            # Requests that begin: their rows have to be there first.
+            # Only a step is sent with hashes.
             return False
         if self._layout.dtype not in (hello.projection.fc.dtype, EIGHT_BIT):
             # They are sent as they lie.
@@ -125,7 +125,7 @@ class Sidecar:
                 num_speculative_tokens=control.num_speculative_tokens,
                 requests=control.requests,
                 finished=np.array(finished, dtype=np.uint64),
-                longest=control.longest,
+                coming=control.coming,
                 max_requests=self._layout.max_requests,
                 max_rows=self._layout.max_rows,
                 dtype=self._layout.dtype,

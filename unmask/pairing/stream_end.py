@@ -44,16 +44,18 @@ class StreamEnd:
         self._on_gpu = isinstance(words, PinnedMailbox)
         requests = mailbox.layout.max_requests
         self._seen = torch.zeros(requests + 1, 4, dtype=torch.int32, pin_memory=self._on_gpu)
+        self._plan = torch.zeros(requests + 1, 4, dtype=torch.int32, device="cuda") if self._on_gpu else None
         self._done = torch.cuda.Event() if self._on_gpu else None
         self._let_go: int | None = None
 
     def begin(self, number: int, num_requests: int, longest: int, into: Destination) -> None:
         """Wait for a step and take its rows (see `unpack_rows`)."""
         self.words.wait(DOORBELL, number)
-        if self._on_gpu:
+        if self._plan is not None:
             from unmask.pairing.unpacked_rows_triton import unpack_rows_on_gpu
 
-            unpack_rows_on_gpu(self.mailbox, self.words.address, number, num_requests, longest, into, self._seen)
+            address, plan = self.words.address, self._plan
+            unpack_rows_on_gpu(self.mailbox, address, number, num_requests, longest, into, self._seen, plan)
         else:
             unpack_rows(self.mailbox, number, num_requests, longest, into, self._seen)
 

@@ -16,6 +16,8 @@ from unmask.pairing.mailbox_words import BEGUN, REPLY, signed
 
 LAST_TOKEN, ANCHOR, LENGTH, GAP_FROM, GAP_TO, PAGES = range(6)
 """Rows of the input table; the pages are the last of them."""
+MOST = ANCHOR
+"""What lies there until a step has rung: how many rows a request may bring."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +26,7 @@ class Destination:
 
     Attributes:
         inputs: int32 [PAGES + W, B or more], a request a column. LENGTH is the context's length before the step, and
-            after it; 0 for a request that is not served.
+            after it; 0 for a request that is not served. MOST becomes the anchor.
         rows: [T, H] features.
         places: int64 [2, T] their positions and slots.
         page_size: positions per page.
@@ -48,15 +50,15 @@ def unpack_rows(
     Args:
         mailbox, number: the step.
         num_requests: R of it.
-        longest: most rows of one request; others are not served.
-        into: see `Destination`; T is at least R * longest.
+        longest: most rows of one request, and no less than any that `into` allows it.
+        into: see `Destination`; T is at least the sum of what it allows. A request that brings more is not served.
         seen: int32 [R or more, 4]; the mailbox's rows as they were read.
     """
     seen[:num_requests] = torch.from_numpy(mailbox.rows[:num_requests].copy())
     into.places[0], into.places[1] = 0, into.spare_slot
     filled = 0
     for i, (start, count, last, tag) in enumerate(seen[:num_requests].tolist()):
-        is_own = tag == signed(number) and 0 < count <= longest
+        is_own = tag == signed(number) and 0 < count <= min(int(into.inputs[MOST, i]), longest)
         if not is_own or start != int(into.inputs[LENGTH, i]):
             into.inputs[:GAP_FROM, i] = 0
             filled += count if is_own else 0

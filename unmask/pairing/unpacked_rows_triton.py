@@ -15,25 +15,60 @@ _PADDING = 128
 
 
 # Values that differ from step to step must not be compiled into a kernel of their own.
-@triton.jit(
-    do_not_specialize=["rows_address", "features_address", "seen_address", "tag", "requests", "longest", "size"]
-)
-def _unpack(
+@triton.jit(do_not_specialize=["rows_address", "seen_address", "tag", "requests"])
+def _settle(
     rows_address,
-    features_address,
     seen_address,
     tag,
     requests,
-    longest,
+    inputs,
+    inputs_stride,
+    plan,
+    REQUESTS: tl.constexpr,
+):
+    """What a request's column says from now on, and where its rows go. One program reads the mailbox for all others,
+    which would each have to cross the bus."""
+    request = tl.arange(0, REQUESTS)
+    known = request < requests
+    box = rows_address.to(tl.pointer_type(tl.int32)) + 4 * request
+    seen = seen_address.to(tl.pointer_type(tl.int32)) + 4 * request
+    start = tl.load(box, mask=known, other=0)
+    count = tl.load(box + 1, mask=known, other=0)
+    last = tl.load(box + 2, mask=known, other=0)
+    found = tl.load(box + 3, mask=known, other=0)
+    most = tl.load(inputs + inputs_stride + request, mask=known, other=0)
+    before = tl.load(inputs + 2 * inputs_stride + request, mask=known, other=-1)
+    is_own = known & (found == tag) & (count > 0) & (count <= most)
+    is_served = is_own & (start == before)
+    taken = tl.where(is_own, count, 0)
+    length = tl.where(is_served, start + count, 0)
+    tl.store(inputs + request, tl.where(is_served, tl.maximum(last, 0), 0), mask=known)
+    tl.store(inputs + inputs_stride + request, length, mask=known)
+    tl.store(inputs + 2 * inputs_stride + request, length, mask=known)
+    tl.store(plan + 4 * request, tl.cumsum(taken, 0) - taken, mask=known)
+    tl.store(plan + 4 * request + 1, taken, mask=known)
+    tl.store(plan + 4 * request + 2, start, mask=known)
+    tl.store(plan + 4 * request + 3, is_served.to(tl.int32), mask=known)
+    tl.store(plan + 4 * requests, tl.sum(taken, axis=0))
+    tl.store(seen, start, mask=known)
+    tl.store(seen + 1, count, mask=known)
+    tl.store(seen + 2, last, mask=known)
+    tl.store(seen + 3, found, mask=known)
+
+
+@triton.jit(do_not_specialize=["features_address", "requests", "size"])
+def _unpack(
+    features_address,
+    requests,
     size,
     inputs,
     inputs_stride,
+    plan,
     rows,
     places,
     places_stride,
     spare_slot,
     num_positions,
-    REQUESTS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     PAGE: tl.constexpr,
@@ -42,13 +77,7 @@ def _unpack(
     TYPE: tl.constexpr,
 ):
     request, row = tl.program_id(0), tl.program_id(1)
-    box = rows_address.to(tl.pointer_type(tl.int32))
-    each = tl.arange(0, REQUESTS)
-    known = each < requests
-    count_of = tl.load(box + 4 * each + 1, mask=known, other=0)
-    own = known & (tl.load(box + 4 * each + 3, mask=known, other=0) == tag) & (count_of > 0) & (count_of <= longest)
-    count_of = tl.where(own, count_of, 0)
-    first = tl.sum(tl.where(each < request, count_of, 0), axis=0)
+    first = tl.load(plan + 4 * request)
     if request == requests:
         # The last of the programs along this axis: `first` is the number of all rows.
         if row == 0:
@@ -59,11 +88,10 @@ def _unpack(
                 tl.store(places + place, nothing, mask=is_padding)
                 tl.store(places + places_stride + place, nothing + spare_slot, mask=is_padding)
     else:
-        start = tl.load(box + 4 * request)
-        count = tl.sum(tl.where(each == request, count_of, 0), axis=0)
-        is_served = (count > 0) & (start == tl.load(inputs + 2 * inputs_stride + request))
+        count = tl.load(plan + 4 * request + 1)
         if row < count:
-            position = start + row
+            position = tl.load(plan + 4 * request + 2) + row
+            is_served = tl.load(plan + 4 * request + 3) != 0
             page = tl.load(inputs + (FIRST_PAGE + position // PAGE) * inputs_stride + request, mask=is_served, other=0)
             slot = page.to(tl.int64) * PAGE + position % PAGE
             position = tl.where(is_served, tl.minimum(position, num_positions - 1), 0)
@@ -74,38 +102,6 @@ def _unpack(
             at = (first + row).to(tl.int64) * WIDTH + columns
             values = tl.load(features_address.to(tl.pointer_type(TYPE)) + at, mask=inside)
             tl.store(rows + at, values.to(rows.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["rows_address", "seen_address", "tag", "requests", "longest"])
-def _settle(
-    rows_address,
-    seen_address,
-    tag,
-    requests,
-    longest,
-    inputs,
-    inputs_stride,
-    REQUESTS: tl.constexpr,
-):
-    """What a request's column says from now on: apart, because programs of `_unpack` read what it said before."""
-    request = tl.arange(0, REQUESTS)
-    known = request < requests
-    box = rows_address.to(tl.pointer_type(tl.int32)) + 4 * request
-    seen = seen_address.to(tl.pointer_type(tl.int32)) + 4 * request
-    start = tl.load(box, mask=known, other=0)
-    count = tl.load(box + 1, mask=known, other=0)
-    last = tl.load(box + 2, mask=known, other=0)
-    found = tl.load(box + 3, mask=known, other=0)
-    before = tl.load(inputs + 2 * inputs_stride + request, mask=known, other=-1)
-    is_served = known & (found == tag) & (count > 0) & (count <= longest) & (start == before)
-    length = tl.where(is_served, start + count, 0)
-    tl.store(inputs + request, tl.where(is_served, tl.maximum(last, 0), 0), mask=known)
-    tl.store(inputs + inputs_stride + request, length, mask=known)
-    tl.store(inputs + 2 * inputs_stride + request, length, mask=known)
-    tl.store(seen, start, mask=known)
-    tl.store(seen + 1, count, mask=known)
-    tl.store(seen + 2, last, mask=known)
-    tl.store(seen + 3, found, mask=known)
 
 
 @triton.jit(do_not_specialize=["address", "rows_address", "tokens_address", "seen_address", "tag", "k"])
@@ -142,7 +138,14 @@ def _answer(
 
 
 def unpack_rows_on_gpu(
-    mailbox: Mailbox, address: int, number: int, num_requests: int, longest: int, into: Destination, seen: Tensor
+    mailbox: Mailbox,
+    address: int,
+    number: int,
+    num_requests: int,
+    longest: int,
+    into: Destination,
+    seen: Tensor,
+    plan: Tensor,
 ) -> None:
     """See `unpack_rows`; queued on the current stream.
 
@@ -150,25 +153,31 @@ def unpack_rows_on_gpu(
         address: of the mailbox's first byte, as the device sees it.
         into: device tensors; `rows` in the mailbox's element type, or any if the mailbox's is `EIGHT_BIT`.
         seen: pinned.
+        plan: int32 [R + 1 or more, 4] on the device, to be overwritten.
     """
-    layout, tag = mailbox.layout, signed(number)
-    requests = triton.next_power_of_2(layout.max_requests)
-    _unpack[(num_requests + 1, longest)](
+    layout = mailbox.layout
+    _settle[(1,)](
         address + layout.rows_at,
-        address + layout.features_at,
         seen.data_ptr(),
-        tag,
+        signed(number),
         num_requests,
-        longest,
+        into.inputs,
+        into.inputs.stride(0),
+        plan,
+        REQUESTS=triton.next_power_of_2(layout.max_requests),
+    )
+    _unpack[(num_requests + 1, longest)](
+        address + layout.features_at,
+        num_requests,
         into.places.shape[1],
         into.inputs,
         into.inputs.stride(0),
+        plan,
         into.rows,
         into.places,
         into.places.stride(0),
         into.spare_slot,
         into.num_positions,
-        REQUESTS=requests,
         WIDTH=layout.width,
         BLOCK=triton.next_power_of_2(layout.width),
         PAGE=into.page_size,
@@ -176,16 +185,6 @@ def unpack_rows_on_gpu(
         PADDING=_PADDING,
         TYPE=TYPES[layout.dtype],
         num_warps=8,
-    )
-    _settle[(1,)](
-        address + layout.rows_at,
-        seen.data_ptr(),
-        tag,
-        num_requests,
-        longest,
-        into.inputs,
-        into.inputs.stride(0),
-        REQUESTS=requests,
     )
 
 

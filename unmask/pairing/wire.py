@@ -22,7 +22,7 @@ from torch import Tensor
 from unmask.errors import WireError
 from unmask.types import ProposalRow
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 MAX_MESSAGE_BYTES = 512 * 2**20
 """No frame is larger, except the draft's HELLO, whose size the target computes beforehand."""
 MAX_ROWS = 8192
