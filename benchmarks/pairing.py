@@ -48,8 +48,10 @@ def main() -> None:
     with shape_folder(arguments.shape, arguments.tiny) as arguments.folder:
         switched = (("native",), ("remote",)) if arguments.tiny else (("native", "remote", "tcp"), ("production",))
         engines = [[mode for mode in modes if mode in arguments.modes] for modes in (("target",), *switched)]
-        with draft_process(arguments, "--shape", arguments.shape):
+        with draft_process(arguments, "--shape", arguments.shape) as draft:
             for modes in filter(None, engines):
+                if modes != ["target"]:
+                    await_link(arguments, draft)
                 for row in engine_rows(arguments, modes):
                     rows.append(row)
                     print(json.dumps(row), flush=True)
@@ -58,7 +60,8 @@ def main() -> None:
 
 @contextmanager
 def draft_process(arguments: argparse.Namespace, *draft: str) -> Iterator[subprocess.Popen]:
-    """The draft, on the last GPU; it serves mailboxes and its link file.
+    """The draft, on the last GPU; it serves mailboxes and, once `await_link` has seen it, a link file. Engines may
+    start beside it, for both take their time.
 
     Args:
         draft: what `benchmarks.pairing_draft` is to serve.
@@ -70,17 +73,22 @@ def draft_process(arguments: argparse.Namespace, *draft: str) -> Iterator[subpro
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu(arguments.gpus - 1)}
     process = subprocess.Popen([*command, f"--device={device}"], stdin=subprocess.PIPE, env=environment)
     try:
-        while not (folder / "address").exists():
-            if process.poll() is not None:
-                raise RuntimeError("the draft process has died")
-            time.sleep(0.1)
-        found = read_link_file(folder / "address")
-        options = {"timeout_ms": 30_000.0, "status_file": str(folder / "status")}
-        write_link_file(folder / "link", LinkConfig(address=found.address, secret_file=found.secret_file, **options))
         yield process
     finally:
         process.stdin.close()
         process.wait(30)
+
+
+def await_link(arguments: argparse.Namespace, draft: subprocess.Popen) -> None:
+    """Return when a draft can be asked, by the link file that is written here."""
+    folder = arguments.folder
+    while not (folder / "address").exists():
+        if draft.poll() is not None:
+            raise RuntimeError("the draft process has died")
+        time.sleep(0.1)
+    found = read_link_file(folder / "address")
+    options = {"timeout_ms": 30_000.0, "status_file": str(folder / "status")}
+    write_link_file(folder / "link", LinkConfig(address=found.address, secret_file=found.secret_file, **options))
 
 
 def gpu(index: int) -> str:

@@ -47,7 +47,6 @@ def main() -> None:
         embedding, head = (table.to(arguments.device) for table in load_vocabulary(target, dtype))
     else:
         draft, other, embedding, head = random_weights(SHAPES[arguments.shape], arguments.device, dtype)
-    k = draft.config.block_size - 1
     secret = arguments.folder / "secret"
     server = DraftServer(
         draft,
@@ -55,7 +54,6 @@ def main() -> None:
         head,
         secret.read_bytes(),
         memory_mb=8192 if on_gpu else 64,
-        graph_ks=[k, k // 2],
         mailbox_folder=arguments.folder / "boxes",
     )
     server.start()

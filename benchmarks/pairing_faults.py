@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pairing import await_draft, draft_process, engine_environment
+from benchmarks.pairing import await_draft, await_link, draft_process, engine_environment
 from benchmarks.pairing_engines import engine_options
 from benchmarks.pairing_rows import machine_of
 from benchmarks.pairing_shapes import SHAPES, shape_folder
@@ -58,6 +58,7 @@ def disturbed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for the draft that was stopped, one for the draft that was killed."""
     folder, rest_s = arguments.folder, arguments.seconds
     with draft_process(arguments, "--shape", arguments.shape) as draft:
+        await_link(arguments, draft)
         set_limits(arguments)
         command = [sys.executable, "-m", "benchmarks.pairing_faults", *sys.argv[1:], f"--folder={folder}"]
         environment = os.environ | engine_environment(arguments, 0)
@@ -76,7 +77,8 @@ def disturbed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             draft.kill()
             draft.wait()
             (folder / "address").unlink()
-            with draft_process(arguments, "--shape", arguments.shape):
+            with draft_process(arguments, "--shape", arguments.shape) as another:
+                await_link(arguments, another)
                 set_limits(arguments)
                 restarted = time.time()
                 time.sleep(rest_s)

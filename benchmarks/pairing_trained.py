@@ -24,7 +24,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from benchmarks.draft_prompts import Prompts
-from benchmarks.pairing import await_draft, draft_process, engine_environment
+from benchmarks.pairing import await_draft, await_link, draft_process, engine_environment
 from benchmarks.pairing_rows import counters_of, machine_of
 from engines.draft_arguments import RemoteDraftOptions, graphs_of, with_remote_draft
 from unmask.checkpoints import read_config
@@ -50,7 +50,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=None if arguments.tiny else "/dev/shm") as folder:  # noqa: S108
         arguments.folder = Path(folder)
         pair = ("--pair", str(resolve_target(EMBEDDED_TARGET)), str(arguments.draft))
-        with draft_process(arguments, *pair):
+        with draft_process(arguments, *pair) as draft:
+            await_link(arguments, draft)
             for mode in MODES:
                 command = [sys.executable, "-m", "benchmarks.pairing_trained", *sys.argv[1:]]
                 command += [f"--folder={folder}", f"--role={mode}"]

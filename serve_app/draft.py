@@ -185,7 +185,7 @@ def _start_server(config: AppConfig, secret: str) -> tuple[DraftServer, TargetRe
         record=record,
         confidence=load_confidence(path),
         # A K without a graph of its own would have one recorded while a step waits for it.
-        graph_ks=sorted({options.num_speculative_tokens or largest, *halvings(largest)}),
+        graph_ks=sorted({k for most in (options.num_speculative_tokens or largest, largest) for k in halvings(most)}),
         mailbox_folder=_mailbox_folder() if on_gpu else None,
     )
     server.start()

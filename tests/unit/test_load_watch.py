@@ -6,6 +6,7 @@ import torch
 
 from engines.draft_arguments import first_spans, graphs_of
 from engines.load_watch import LoadWatch
+from unmask.pairing.graphed_blocks import halvings
 
 
 class ImaginedLoad:
@@ -84,6 +85,12 @@ def test_what_follows_a_step_is_no_cost_of_its_rows(monkeypatch) -> None:
 )
 def test_first_spans_reach_to_the_largest_batch(k: int, most: int, expected: tuple) -> None:
     assert first_spans(k, most) == expected
+
+
+def test_the_draft_has_graphs_for_every_k_of_the_first_spans() -> None:
+    for k in range(1, 32):
+        for most in (1, 2, 16, 64, 300):
+            assert {least for *_, least in first_spans(k, most)} <= set(halvings(k))
 
 
 def test_every_k_has_a_graph_for_full_batches() -> None:

@@ -172,18 +172,20 @@ class PageTables:
         return False
 
     def _cover(self, key: Key, start: int, most: int, hashes: Sequence[int], most_pages: int) -> bool:
-        if start >= 0 and -(-(start + most) // self.page_size) > most_pages:
+        if start < 0:
+            return self._lengthen(self._entries[key], most, most_pages)
+        if -(-(start + most) // self.page_size) > most_pages:
             return False
-        entry = self._entries[key] if start < 0 else self._placed(key, start, start + most, hashes)
-        end, first = entry.length + most, entry.length // self.page_size
+        return self._grow(self._placed(key, start, start + most, hashes), start, start + most)
+
+    def _lengthen(self, entry: _Entry, more: int, most_pages: int) -> bool:
+        end, first = entry.length + more, entry.length // self.page_size
         num_pages = -(-end // self.page_size)
         if num_pages > most_pages:
             return False
-        if start < 0 and first < entry.num_pages and self.pool.is_fixed(int(self._table[entry.row, first])):
+        if first < entry.num_pages and self.pool.is_fixed(int(self._table[entry.row, first])):
             return False
-        if start < 0 and num_pages <= entry.num_pages:
-            return True
-        return self._grow(entry, entry.length, end)
+        return num_pages <= entry.num_pages or self._grow(entry, entry.length, end)
 
     def trim(self, keys: Sequence[Key]) -> None:
         """Take back what `cover` gave and no row was put into."""
