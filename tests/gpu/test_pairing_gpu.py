@@ -67,7 +67,7 @@ def test_the_kernel_stores_what_the_reference_does(rows: torch.dtype, shared: Pa
         step = imagined.step()
         features = as_rows(step.states[0][: len(step.tensors.positions)], rows)
         pack_rows(expected, step.tensors, features, number)
-        pack_rows_on_gpu(found, words.address, on_gpu(step.tensors), features.cuda(), number, step.longest)
+        pack_rows_on_gpu(found, words.address, on_gpu(step.tensors), features.cuda(), number, step.coming.longest)
         torch.cuda.synchronize()
         assert (found.rows == expected.rows).all()
         assert torch.equal(found.features.float(), expected.features.float())
