@@ -76,7 +76,12 @@ def draft_process(arguments: argparse.Namespace, *draft: str) -> Iterator[subpro
         yield process
     finally:
         process.stdin.close()
-        process.wait(30)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            # An engine has failed while the draft was still loading, which does not listen then.
+            process.kill()
+            process.wait()
 
 
 def await_link(arguments: argparse.Namespace, draft: subprocess.Popen) -> None:

@@ -39,9 +39,9 @@ _OPTIONAL_SHAPE = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_thet
 
 _FEW, _MANY = 16, 128
 _LADDER = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+"""Batch sizes with graphs of their own."""
 _WITH_PROMPTS = (96, 128, 192, 256, 384, 512)
 """Tokens of steps with prompts that have graphs, where those of decoding steps do not reach as far."""
-"""Batch sizes with graphs of their own."""
 
 _REQUIRED = {"speculative_config": None, "async_scheduling": False}
 
