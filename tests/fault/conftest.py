@@ -9,7 +9,10 @@ import pytest
 
 from tests.fault.load import Load, undisturbed
 from tests.fault.scenario import Stage
+from tests.fault.small_disk import small_disk
 from tests.private_ray import start_private_ray
+
+__all__ = ["small_disk"]
 
 
 @pytest.fixture(scope="session")

@@ -115,7 +115,7 @@ def kill_actor(name: str) -> Event:
     """SIGKILL a process of Serve's own by the name that it shows."""
 
     def strike(stage: Stage) -> None:
-        [process] = [p for p in psutil.process_iter() if is_ours(p) and name in "".join(p.cmdline())]
+        [process] = ours(name)
         stage.victims.append(process.pid)
         stage.struck_at = time.monotonic()
         process.kill()
@@ -235,6 +235,18 @@ def is_ours(process: psutil.Process) -> bool:
         return process.environ().get(MARK) == str(os.getpid())
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return False
+
+
+def ours(name: str) -> list[psutil.Process]:
+    """Processes that this test process has started and whose command line says `name`."""
+    return [process for process in psutil.process_iter() if is_ours(process) and name in _command(process)]
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return "".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def _signal(role: str, which: int, number: int) -> Event:

@@ -6,9 +6,9 @@ import copy
 import os
 import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.fault.record import conclude, equal
+from tests.fault.record import Finding, conclude, equal
+from tests.fault.small_disk import SmallDisk
+from tests.fault.trial import Trial
 from unmask.training.training_state import resume_state, save_state
 
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "shutil.rmtree"}
@@ -51,9 +53,40 @@ class SmallTrainer:
         self.steps_done = state["steps_done"]
 
 
+@dataclass(slots=True, kw_only=True)
+class Checkpoints:
+    """A trainer's checkpoints in a folder, and what came of what was done to them."""
+
+    directory: Path
+    trainers: dict[int, SmallTrainer]
+    """The trainer after each number of steps."""
+    struck: int = 0
+    """How often something was done to them."""
+    resumed: list[int] = field(default_factory=list)
+    """The step that was resumed from after each of those."""
+    left: list[str] = field(default_factory=list)
+    """What a cut write left behind once another had ended."""
+    refused: int = 0
+    """Saves that were refused."""
+
+    def resume(self, directory: Path | None = None) -> int:
+        """The step that is resumed from; its state is what was saved, to the last bit."""
+        trainer = SmallTrainer(self.trainers[1].model.in_features)
+        meta = resume_state(directory or self.directory, trainer)
+        assert meta is not None
+        expected = self.trainers[trainer.steps_done]
+        assert meta["steps_done"] == trainer.steps_done
+        for name, tensor in expected.model.state_dict().items():
+            assert torch.equal(tensor, trainer.model.state_dict()[name])
+        for index, moments in expected.optimizer.state_dict()["state"].items():
+            for name, tensor in moments.items():
+                assert torch.equal(tensor, trainer.optimizer.state_dict()["state"][index][name])
+        return trainer.steps_done
+
+
 @pytest.fixture
-def trainers(tmp_path: Path) -> dict[int, SmallTrainer]:
-    """The trainer after each of three steps; step 1 is saved in `saved`."""
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    """Three steps of a trainer; step 1 is saved."""
     torch.set_num_threads(1)
     states = {}
     for steps in (1, 2, 3):
@@ -61,22 +94,31 @@ def trainers(tmp_path: Path) -> dict[int, SmallTrainer]:
         for _ in range(steps):
             states[steps].step()
     save_state(tmp_path / "saved", states[1], {})
-    return states
+    return Checkpoints(directory=tmp_path / "saved", trainers=states)
 
 
-def resumed(directory: Path, trainers: dict[int, SmallTrainer]) -> int:
-    """The step that is resumed from; its state is what was saved, to the last bit."""
-    trainer = SmallTrainer(trainers[1].model.in_features)
-    meta = resume_state(directory, trainer)
-    assert meta is not None
-    expected = trainers[trainer.steps_done]
-    assert meta["steps_done"] == trainer.steps_done
-    for name, tensor in expected.model.state_dict().items():
-        assert torch.equal(tensor, trainer.model.state_dict()[name])
-    for index, moments in expected.optimizer.state_dict()["state"].items():
-        for name, tensor in moments.items():
-            assert torch.equal(tensor, trainer.optimizer.state_dict()["state"][index][name])
-    return trainer.steps_done
+def save(steps: int) -> Callable[[Checkpoints], None]:
+    """Event: a step is saved."""
+    return lambda saved: save_state(saved.directory, saved.trainers[steps], {}) and None
+
+
+def kill_before_each_file_operation(steps: int) -> Callable[[Checkpoints], None]:
+    """Event: SIGKILL before each file operation of saving a step, each time on a copy; then the third step is saved."""
+
+    def strike(saved: Checkpoints) -> None:
+        killed = True
+        while killed:
+            directory = saved.directory.with_name(f"cut-{saved.struck + 1}")
+            shutil.copytree(saved.directory, directory)
+            killed = save_and_die(directory, saved.trainers[steps], saved.struck + 1)
+            saved.resumed.append(saved.resume(directory))
+            save_state(directory, saved.trainers[3], {})
+            assert saved.resume(directory) == 3
+            saved.left += [path.name for path in directory.iterdir() if path.name.startswith(".")]
+            shutil.rmtree(directory)
+            saved.struck += killed
+
+    return strike
 
 
 def save_and_die(directory: Path, trainer: SmallTrainer, operation: int) -> bool:
@@ -98,76 +140,78 @@ def save_and_die(directory: Path, trainer: SmallTrainer, operation: int) -> bool
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["first", "over-itself"])
-def test_killed_at_every_file_operation(tmp_path: Path, trainers: dict[int, SmallTrainer], again: bool) -> None:
-    if again:
-        save_state(tmp_path / "saved", trainers[2], {})
-    operation, found = 1, set()
-    while True:
-        directory = tmp_path / f"cut-{operation}"
-        shutil.copytree(tmp_path / "saved", directory)
-        killed = save_and_die(directory, trainers[2], operation)
-        found.add(resumed(directory, trainers))
-        save_state(directory, trainers[3], {})
-        assert resumed(directory, trainers) == 3
-        assert not [path.name for path in directory.iterdir() if path.name.startswith(".")], "a cut write is left"
-        shutil.rmtree(directory)
-        if not killed:
-            break
-        operation += 1
-    assert operation > 10
-    findings = [equal("checkpoints resumed from", sorted(found), [1, 2])]
-    event = "SIGKILL while a checkpoint is saved" + (" over itself" if again else "")
-    conclude("F11", event, f"before each of {operation - 1} file operations", findings)
+def damage_each_file(steps: int) -> Callable[[Checkpoints], None]:
+    """Event: each file of a step's checkpoint is cut at several places, changed in a bit, and removed."""
+
+    def strike(saved: Checkpoints) -> None:
+        whole = save_state(saved.directory, saved.trainers[steps], {})
+        for file in sorted(path.name for path in whole.iterdir()):
+            content = (whole / file).read_bytes()
+            damaged = [content[:length] for length in (0, 4, 9, len(content) // 2, len(content) - 1)]
+            damaged += [content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :] for at in (9, len(content) // 2)]
+            for bad in damaged:
+                (whole / file).write_bytes(bad)
+                found = saved.resume()
+                # A harmless cut, such as that of the last line end of the checksums, may leave the checkpoint sound.
+                saved.resumed += [found] if file != "checksums.json" else []
+                saved.struck += 1
+            (whole / file).unlink()
+            saved.resumed.append(saved.resume())
+            (whole / file).write_bytes(content)
+        assert saved.resume() == steps
+
+    return strike
 
 
-def test_cut_and_changed_files_are_passed_over(tmp_path: Path, trainers: dict[int, SmallTrainer]) -> None:
-    whole = save_state(tmp_path / "saved", trainers[2], {})
-    damages, chosen = 0, 0
-    for file in sorted(path.name for path in whole.iterdir()):
-        content = (whole / file).read_bytes()
-        damaged = [content[:length] for length in (0, 4, 9, len(content) // 2, len(content) - 1)]
-        damaged += [content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :] for at in (9, len(content) // 2)]
-        for bad in damaged:
-            (whole / file).write_bytes(bad)
-            # A harmless cut, such as that of the last line end of the checksums, may leave the checkpoint sound.
-            chosen += resumed(tmp_path / "saved", trainers) == 2 and file != "checksums.json"
-            damages += 1
-        (whole / file).unlink()
-        assert resumed(tmp_path / "saved", trainers) == 1
-        (whole / file).write_bytes(content)
-    assert resumed(tmp_path / "saved", trainers) == 2
-    conclude(
-        "F11", "a saved checkpoint is cut or changed", f"{damages} damages", [equal("damaged ones chosen", chosen, 0)]
-    )
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a file system takes root")
-    yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
-def test_a_full_disk_costs_one_checkpoint_only(small_disk: Path) -> None:
-    torch.set_num_threads(1)
-    trainer = SmallTrainer(180)  # 0.4 MB a checkpoint: two fit, a third does not
-    states = {}
-    refused = 0
+def save_until_the_disk_is_full(saved: Checkpoints) -> None:
+    """Event: one step after another is saved; after a save that is refused the one before it loads."""
+    trainer = saved.trainers[1]
     for steps in (1, 2, 3):
         trainer.step()
-        states[steps] = copy.deepcopy(trainer)
+        saved.trainers[steps] = copy.deepcopy(trainer)
         try:
-            save_state(small_disk, trainer, {})
+            save_state(saved.directory, trainer, {})
         except OSError:
-            refused += 1
-            assert resumed(small_disk, states) == steps - 1
-            assert not [path for path in small_disk.iterdir() if path.name.startswith(".")]
-    conclude("F11", "the disk is full", "1 MB", [equal("saves refused, the one before loads", refused, 1)])
+            saved.refused += 1
+            assert saved.resume() == steps - 1
+            saved.left += [path.name for path in saved.directory.iterdir() if path.name.startswith(".")]
+
+
+def resumed_from(steps: list[int]) -> Callable[[Checkpoints], list[Finding]]:
+    """Check: which whole checkpoints were chosen."""
+    return lambda saved: [equal("checkpoints resumed from", sorted(set(saved.resumed)), steps)]
+
+
+def nothing_is_left(saved: Checkpoints) -> list[Finding]:
+    """Check: the next save clears away what a cut write has left."""
+    return [equal("cut writes left", saved.left, [])]
+
+
+def refusals(count: int) -> Callable[[Checkpoints], list[Finding]]:
+    """Check: how many saves were refused."""
+    return lambda saved: [equal("saves refused, the one before loads", saved.refused, count)]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["first", "over-itself"])
+def test_killed_at_every_file_operation(checkpoints: Checkpoints, again: bool) -> None:
+    trial = Trial(
+        events=[*([save(2)] if again else []), kill_before_each_file_operation(2)],
+        checks=[resumed_from([1, 2]), nothing_is_left],
+    )
+    findings = trial.play(checkpoints)
+    assert checkpoints.struck > 9
+    event = "SIGKILL while a checkpoint is saved" + (" over itself" if again else "")
+    conclude("F11", event, f"before each of {checkpoints.struck} file operations", findings)
+
+
+def test_cut_and_changed_files_are_passed_over(checkpoints: Checkpoints) -> None:
+    findings = Trial(events=[damage_each_file(2)], checks=[resumed_from([1])]).play(checkpoints)
+    conclude("F11", "a saved checkpoint is cut or changed", f"{checkpoints.struck} damages", findings)
+
+
+def test_a_full_disk_costs_one_checkpoint_only(small_disk: SmallDisk) -> None:
+    torch.set_num_threads(1)
+    trainer = SmallTrainer(180)  # 0.4 MB a checkpoint: two fit, a third does not
+    checkpoints = Checkpoints(directory=small_disk.path, trainers={1: trainer})
+    findings = Trial(events=[save_until_the_disk_is_full], checks=[refusals(1), nothing_is_left]).play(checkpoints)
+    conclude("F11", "the disk is full", "1 MB", findings)

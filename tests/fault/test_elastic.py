@@ -2,161 +2,112 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 
 import pytest
 
-from tests.fault.record import conclude, equal
-from tests.fault.scenario import wait_until
-from tests.private_ray import MARK
-from unmask.manifest import Manifest
-from unmask.training.training_log import read_log
-from unmask.trajectories import write_shard
-from unmask.types import Trajectory
+from tests.fault.job import Job, exit_codes, finish, start
+from tests.fault.nodes import Nodes
+from tests.fault.record import Finding, conclude, equal
+from tests.fault.training_job import all_steps, log_of, training, undisturbed_losses
+from tests.fault.trial import Trial
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
 STEPS, SEQUENCES, PER_STEP = 600, 64, 8
-RECIPE = """
-run_dir: {run_dir}
-target: {{model: {target}, max_model_len: 256}}
-draft: {{num_layers: 1, block_size: 4, num_target_features: 2}}
-distill:
-  max_seconds: null
-  max_steps: {steps}
-  sequences_per_step: {per_step}
-  anchors_per_sequence: 32
-  precision: float32
-  head_negatives: 256
-  learning_rate: 1.0e-4
-  checkpoint_every_s: 1.0
-  log_every_steps: 1
-  threads_per_worker: 1
-  num_workers: {workers}
-  min_workers: 1
-  cpus_per_worker: 2
-  labels: {{role: train}}
-"""
-
-
-class Nodes:
-    """A head without room for a worker, and nodes that have room for one each."""
-
-    def __init__(self) -> None:
-        os.environ.update(ENVIRONMENT)
-        os.environ[MARK] = str(os.getpid())
-        from ray.cluster_utils import Cluster
-
-        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        self.address = self._cluster.address
-        self._nodes = [self._new() for _ in range(2)]
-
-    def _new(self):
-        return self._cluster.add_node(num_cpus=2, labels={"role": "train"})
-
-    def add(self) -> None:
-        """One more node."""
-        self._nodes.append(self._new())
-
-    def end(self, *, with_notice: bool) -> None:
-        """End the newest node: SIGKILL all that runs on it, or SIGTERM its raylet, as before a spot node is taken."""
-        self._cluster.remove_node(self._nodes.pop(), allow_graceful=with_notice)
-
-    def shutdown(self) -> None:
-        self._cluster.shutdown()
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    nodes = Nodes()
+    nodes = Nodes("train", 2)
     yield nodes
     nodes.shutdown()
 
 
-def write_run(run_dir: Path, target: Path, workers: int) -> Path:
-    rows = [
-        Trajectory(
-            sample_id=str(i),
-            prompt_ids=[1, 40 + i, 50, 60],
-            response_ids=[100 + (i * j) % 7 for j in range(20 + i)],
-            finish_reason="length",
-            num_forwards=20 + i,
-            teacher="made-up",
-            teacher_revision="0",
-            decode_config="0",
-        )
-        for i in range(SEQUENCES)
-    ]
-    Manifest({0: write_shard(run_dir / "trajectories", 0, rows, [])}).save(run_dir / "trajectories")
-    recipe = run_dir / "recipe.yaml"
-    recipe.write_text(RECIPE.format(run_dir=run_dir, target=target, steps=STEPS, per_step=PER_STEP, workers=workers))
-    return recipe
-
-
-def start(recipe: Path, address: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pipelines.distill", str(recipe)]
-    return subprocess.Popen(
-        command, env=os.environ | {"RAY_ADDRESS": address}, stderr=subprocess.PIPE, text=True, cwd=ROOT
+def elastic(run_dir: Path, target: Path, address: str, workers: int) -> Job:
+    """A training on responses of different lengths, by as many workers as there is room for, that has not begun."""
+    return training(
+        run_dir,
+        target,
+        address,
+        [20 + i for i in range(SEQUENCES)],
+        max_steps=STEPS,
+        sequences_per_step=PER_STEP,
+        anchors_per_sequence=32,
+        learning_rate=1e-4,
+        checkpoint_every_s=1.0,
+        num_workers=workers,
+        min_workers=1,
+        cpus_per_worker=2,
+        labels={"role": "train"},
     )
 
 
 @pytest.fixture(scope="module")
 def losses(nodes: Nodes, target_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     """Of one worker, by step."""
-    run_dir = tmp_path_factory.mktemp("whole")
-    whole = start(write_run(run_dir, target_dir, workers=1), nodes.address)
-    _, errors = whole.communicate(timeout=300)
-    assert whole.returncode == 0, errors
-    return {record["step"]: record["loss"] for record in read_log(run_dir / "draft")}
+    return undisturbed_losses(elastic(tmp_path_factory.mktemp("whole"), target_dir, nodes.address, workers=1))
+
+
+def groups(job: Job) -> list[tuple[int, int]]:
+    """How many workers trained, one size after another, and for how many records."""
+    return [(int(size), len(list(records))) for size, records in groupby(record["workers"] for record in log_of(job))]
+
+
+def trained_by(sizes: list[int], steps: int) -> Callable[[Job], None]:
+    """Event: so many workers have trained, one size after another, and the last ones for some steps."""
+
+    def reached(job: Job) -> bool:
+        found = groups(job)
+        return [size for size, _ in found] == sizes and found[-1][1] >= steps
+
+    return lambda job: job.wait_for(lambda: reached(job), 200)
+
+
+def end_node(nodes: Nodes, *, with_notice: bool) -> Callable[[Job], None]:
+    """Event: a node goes."""
+    return lambda _: nodes.end(with_notice=with_notice)
+
+
+def add_node(nodes: Nodes) -> Callable[[Job], None]:
+    """Event: a node comes."""
+    return lambda _: nodes.add()
+
+
+def worker_counts(sizes: list[int]) -> Callable[[Job], list[Finding]]:
+    """Check: how many workers trained, one size after another."""
+    return lambda job: [equal("workers, one after another", [size for size, _ in groups(job)], sizes)]
+
+
+def differences(job: Job, losses: dict[int, float]) -> list[float]:
+    """Of its losses from others, relative."""
+    return [abs(record["loss"] / losses[record["step"]] - 1) for record in log_of(job)]
+
+
+def losses_near(losses: dict[int, float], tolerance: float) -> Callable[[Job], list[Finding]]:
+    """Check: the losses are those of one worker."""
+
+    def check(job: Job) -> list[Finding]:
+        differing = sum(difference > tolerance for difference in differences(job, losses))
+        return [equal(f"losses that differ by more than {tolerance:g} of their size", differing, 0)]
+
+    return check
 
 
 @pytest.mark.parametrize("event", ["SIGKILL", "SIGTERM"])
 def test_a_node_goes_and_comes_back(
     nodes: Nodes, losses: dict[int, float], target_dir: Path, tmp_path: Path, event: str
 ) -> None:
-    driver = start(write_run(tmp_path / "parts", target_dir, workers=2), nodes.address)
-    draft = tmp_path / "parts" / "draft"
-
-    def wait_for(sizes: list[int], steps: int) -> None:
-        def reached() -> bool:
-            if driver.poll() is not None:
-                return True
-            found = groups(draft)
-            return [size for size, _ in found] == sizes and found[-1][1] >= steps
-
-        wait_until(reached, 200)
-        assert driver.poll() is None, f"it ended before anything happened: {groups(draft)}"
-
-    wait_for([2], 40)
-    nodes.end(with_notice=event == "SIGTERM")
-    wait_for([2, 1], 40)
-    nodes.add()
-    _, errors = driver.communicate(timeout=300)
-    assert driver.returncode == 0, errors
-    log = read_log(draft)
-    differing = [record for record in log if abs(record["loss"] / losses[record["step"]] - 1) > 1e-6]
-    worst = max(abs(record["loss"] / losses[record["step"]] - 1) for record in log)
-    summary = json.loads((draft / "summary.json").read_text())
-    findings = [
-        equal("workers, one after another", [size for size, _ in groups(draft)], [2, 1, 2]),
-        equal("steps in the log", len({record["step"] for record in log}), STEPS),
-        equal("steps taken", summary["steps"], STEPS),
-        equal("losses that differ by more than 1e-6 of their size", len(differing), 0),
-    ]
-    again = len(log) - STEPS
+    going = [trained_by([2], 40), end_node(nodes, with_notice=event == "SIGTERM")]
+    coming = [trained_by([2, 1], 40), add_node(nodes)]
+    trial = Trial(
+        events=[start, *going, *coming, finish],
+        checks=[exit_codes([0]), worker_counts([2, 1, 2]), all_steps(STEPS), losses_near(losses, 1e-6)],
+    )
+    job = elastic(tmp_path / "parts", target_dir, nodes.address, workers=2)
+    findings = trial.play(job)
+    again, worst = len(log_of(job)) - STEPS, max(differences(job, losses))
     scale = f"{STEPS} steps of {PER_STEP} sequences, {again} taken twice, largest difference {worst:.0e}"
     conclude("F13", f"{event} of a node, and another in its place", scale, findings)
-
-
-def groups(draft: Path) -> list[tuple[int, int]]:
-    """How many workers trained, one size after another, and for how many records."""
-    log = read_log(draft) if (draft / "log.jsonl").is_file() else []
-    return [(int(size), len(list(records))) for size, records in groupby(record["workers"] for record in log)]

@@ -2,84 +2,39 @@
 
 from __future__ import annotations
 
-import json
-import os
+import random
 import re
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.fault.record import at_most, conclude, equal
-from tests.fault.scenario import wait_until
-from tests.private_ray import MARK
-from unmask.manifest import Manifest
-from unmask.training.training_log import read_log
-from unmask.trajectories import write_shard
-from unmask.types import Trajectory
+from tests.fault.job import Job, exit_codes, finish, kill_driver, kill_one, start, stop_driver, those_gone
+from tests.fault.record import Finding, at_most, conclude, equal
+from tests.fault.scenario import ours
+from tests.fault.training_job import all_steps, log_of, training, undisturbed_losses
+from tests.fault.trial import Trial
 
 pytestmark = pytest.mark.timeout(600)
 
-ROOT = Path(__file__).parents[2]
 STEPS = 300
 CHECKPOINT_S = 0.3
+WORKER = "RayTrainWorker"
 WRITING = "The newest checkpoint was still being written: training goes on meanwhile."
-RECIPE = """
-run_dir: {run_dir}
-target: {{model: {target}, max_model_len: 256}}
-draft: {{num_layers: 1, block_size: 4, num_target_features: 2}}
-distill:
-  max_seconds: null
-  max_steps: {steps}
-  sequences_per_step: 2
-  anchors_per_sequence: 8
-  precision: float32
-  head_negatives: 256
-  checkpoint_every_s: {checkpoint_s}
-  log_every_steps: 1
-  threads_per_worker: 1
-"""
 
 
-def write_run(run_dir: Path, target: Path) -> Path:
-    """A run with a few made-up trajectories: training does not mind what they say."""
-    rows = [
-        Trajectory(
-            sample_id=str(i),
-            prompt_ids=[1, 40 + i, 50, 60],
-            response_ids=[100 + (i * j) % 7 for j in range(24)],
-            finish_reason="length",
-            num_forwards=24,
-            teacher="made-up",
-            teacher_revision="0",
-            decode_config="0",
-        )
-        for i in range(16)
-    ]
-    Manifest({0: write_shard(run_dir / "trajectories", 0, rows, [])}).save(run_dir / "trajectories")
-    recipe = run_dir / "recipe.yaml"
-    recipe.write_text(RECIPE.format(run_dir=run_dir, target=target, steps=STEPS, checkpoint_s=CHECKPOINT_S))
-    return recipe
-
-
-def start(recipe: Path, address: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipelines.distill", str(recipe)],
-        env=os.environ | {"RAY_ADDRESS": address, "HF_HUB_OFFLINE": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
+def interrupted(run_dir: Path, target: Path, address: str) -> Job:
+    """A training with a checkpoint every few steps that has not begun."""
+    return training(
+        run_dir,
+        target,
+        address,
+        [24] * 16,
+        max_steps=STEPS,
+        sequences_per_step=2,
+        anchors_per_sequence=8,
+        checkpoint_every_s=CHECKPOINT_S,
     )
-
-
-def finish(driver: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and standard error."""
-    _, errors = driver.communicate(timeout=280)
-    return driver.returncode, errors
 
 
 @pytest.fixture(scope="module")
@@ -92,45 +47,83 @@ def address(ray_cluster: None) -> str:
 @pytest.fixture(scope="module")
 def losses(address: str, target_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     """Losses of the undisturbed run, by step."""
-    run_dir = tmp_path_factory.mktemp("whole")
-    code, errors = finish(start(write_run(run_dir, target_dir), address))
-    assert code == 0, errors
-    log = read_log(run_dir / "draft")
-    assert [record["step"] for record in log] == list(range(1, STEPS + 1))
-    return {record["step"]: record["loss"] for record in log}
+    return undisturbed_losses(interrupted(tmp_path_factory.mktemp("whole"), target_dir, address))
 
 
-def workers() -> list[psutil.Process]:
-    return [process for process in psutil.process_iter() if "RayTrainWorker" in _name(process)]
+def last_step(job: Job) -> int:
+    return max((record["step"] for record in log_of(job)), default=0)
 
 
-def kill_worker(driver: subprocess.Popen[str]) -> None:
-    [worker] = workers()
-    worker.kill()
+def newest_checkpoint(job: Job) -> int:
+    """Steps that it holds; 0 is none."""
+    paths = (job.run_dir / "draft" / "checkpoints").glob("step-*")
+    return max((int(re.sub(r"\D", "", path.name)) for path in paths), default=0)
 
 
-def kill_driver(driver: subprocess.Popen[str]) -> None:
-    driver.kill()
+def taken_again(log: list[dict]) -> int:
+    """Steps that were taken a second time after a resume."""
+    resumed = next((i for i in range(1, len(log)) if log[i]["step"] != log[i - 1]["step"] + 1), None)
+    return 0 if resumed is None else log[resumed - 1]["step"] - log[resumed]["step"] + 1
 
 
-def stop(driver: subprocess.Popen[str]) -> None:
-    driver.send_signal(signal.SIGTERM)
+def step_s(log: list[dict]) -> float:
+    """Seconds a step."""
+    return (log[-1]["seconds"] - log[0]["seconds"]) / STEPS
 
 
-def _name(process: psutil.Process) -> str:
-    try:
-        return "".join(process.cmdline()) if process.environ().get(MARK) == str(os.getpid()) else ""
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return ""
+def some_steps(count: int) -> Callable[[Job], None]:
+    """Event: it is in the middle of its steps, behind a first checkpoint."""
+
+    def reach(job: Job) -> None:
+        job.wait_for(lambda: last_step(job) > count and newest_checkpoint(job), 200)
+        job.noted["struck at"] = last_step(job)
+        job.noted["workers"] = ours(WORKER)
+
+    return reach
+
+
+def note_what_is_kept(job: Job) -> None:
+    """Event: how far the log and the newest checkpoint reach is noted. A dead worker adds nothing to either."""
+    job.noted["last step"], job.noted["checkpoint"] = last_step(job), newest_checkpoint(job)
+
+
+def goes_on_from_the_newest_checkpoint(job: Job) -> list[Finding]:
+    """Check: what came after the newest checkpoint is done again, no more and no less; time lost is what it took."""
+    log, after = log_of(job), job.noted["last step"] - job.noted["checkpoint"]
+    again = taken_again(log)
+    return [
+        equal("it was struck before its end", job.noted["struck at"] < STEPS, True),
+        equal("times that its first step was taken", sum(record["step"] == 1 for record in log), 1),
+        equal("steps taken twice", again, after),
+        at_most("lost training time", again * step_s(log), CHECKPOINT_S, reason=WRITING),
+    ]
+
+
+def nothing_is_lost(job: Job) -> list[Finding]:
+    """Check: a training that is told to stop saves its last step first."""
+    return [equal("steps lost", job.noted["last step"] - job.noted["checkpoint"], 0)]
+
+
+def losses_as(undisturbed: dict[int, float]) -> Callable[[Job], list[Finding]]:
+    """Check: the losses are the undisturbed run's, bit for bit."""
+
+    def check(job: Job) -> list[Finding]:
+        differing = sum(record["loss"] != undisturbed[record["step"]] for record in log_of(job))
+        return [equal("losses that differ in any bit", differing, 0)]
+
+    return check
+
+
+STRUCK = [those_gone("workers"), note_what_is_kept]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("event", "strike"),
+    ("event", "strike", "codes"),
     [
-        ("SIGKILL of the worker", kill_worker),
-        ("SIGKILL of the driver", kill_driver),
-        ("SIGTERM to the driver", stop),
+        ("SIGKILL of the worker", [kill_one(WORKER, random.Random(0)), *STRUCK], [0]),
+        ("SIGKILL of the driver", [kill_driver, *STRUCK, start], [-9, 0]),
+        ("SIGTERM to the driver", [stop_driver, *STRUCK, finish, start], [130, 0]),
     ],
 )
 def test_losses_are_those_of_the_undisturbed_run(
@@ -139,60 +132,15 @@ def test_losses_are_those_of_the_undisturbed_run(
     losses: dict[int, float],
     tmp_path: Path,
     event: str,
-    strike: Callable[[subprocess.Popen[str]], None],
+    strike: Sequence[Callable[[Job], None]],
+    codes: list[int],
 ) -> None:
-    recipe = write_run(tmp_path, target_dir)
-    draft = tmp_path / "draft"
-    driver = start(recipe, address)
-    wait_until(
-        lambda: ((draft / "checkpoints").is_dir() and len(steps_in(draft)) > 50) or driver.poll() is not None, 200
-    )
-    assert driver.poll() is None, "it ended before anything happened"
-    struck_at = max(steps_in(draft))
-    struck = workers()
-    strike(driver)
-    # Until then it may have finished one checkpoint more.
-    _, alive = psutil.wait_procs(struck, 120)
-    assert not alive
-    newest, findings = newest_checkpoint(draft), []
-    code, errors = finish(driver)
-    if strike is stop:
-        findings += [
-            equal("exit code of the stopped run", code, 130),
-            equal("steps lost", max(steps_in(draft)) - newest_checkpoint(draft), 0),
-        ]
-    if strike is not kill_worker:
-        code, errors = finish(start(recipe, address))
-    assert code == 0, errors
-    log = read_log(draft)
-    resumed_at = next((i for i in range(1, len(log)) if log[i]["step"] != log[i - 1]["step"] + 1), None)
-    again = 0 if resumed_at is None else log[resumed_at - 1]["step"] - log[resumed_at]["step"] + 1
-    a_step = (log[-1]["seconds"] - log[0]["seconds"]) / STEPS
-    if strike is not stop:
-        # A stopped training saves its last step: nothing of it is taken again.
-        # One that is struck right behind a checkpoint takes none again either.
-        findings += [
-            equal("times that its first step was taken", sum(record["step"] == 1 for record in log), 1),
-            equal("it was struck before its end", struck_at < STEPS, True),
-            at_most("lost training time", again * a_step, CHECKPOINT_S, reason=WRITING),
-        ]
-        if resumed_at is not None:
-            # No more than what came after the newest checkpoint.
-            findings.append(equal("checkpoint gone on from", log[resumed_at]["step"] - 1, newest))
-    findings += [
-        equal("steps in the log", len({record["step"] for record in log}), STEPS),
-        equal("losses that differ in any bit", sum(record["loss"] != losses[record["step"]] for record in log), 0),
-        equal("steps taken", json.loads((draft / "summary.json").read_text())["steps"], STEPS),
-    ]
-    scale = f"{STEPS} steps, {again} taken twice (a checkpoint every {CHECKPOINT_S / a_step:.0f})"
+    job = interrupted(tmp_path, target_dir, address)
+    checks = [exit_codes(codes), goes_on_from_the_newest_checkpoint, all_steps(STEPS), losses_as(losses)]
+    if stop_driver in strike:
+        checks.append(nothing_is_lost)
+    findings = Trial(events=[start, some_steps(50), *strike, finish], checks=checks).play(job)
+    log = log_of(job)
+    every = CHECKPOINT_S / step_s(log)
+    scale = f"{STEPS} steps, {taken_again(log)} taken twice (a checkpoint every {every:.0f})"
     conclude("F10", event, scale, findings)
-
-
-def steps_in(draft: Path) -> list[int]:
-    return [record["step"] for record in read_log(draft)]
-
-
-def newest_checkpoint(draft: Path) -> int:
-    """0 is none."""
-    paths = (draft / "checkpoints").glob("step-*")
-    return max((int(re.sub(r"\D", "", path.name)) for path in paths), default=0)
