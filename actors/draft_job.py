@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from actors.learner import Place, TrainingJob
+from unmask.capture import is_captured
 from unmask.checkpoints import check_pairing, load_confidence, load_draft, save_draft
 from unmask.config import DistillConfig, Recipe
 from unmask.errors import CheckpointError
@@ -70,6 +71,9 @@ class DraftJob(TrainingJob):
         occurring = {token for s in everything for token in s.ids[s.prompt_length :]}
         confidence = self._first_confidence() if config.confidence_weight else None
         if confidence is not None:
+            # Requests that were captured may have been of any temperature.
+            drawn_here = not is_captured(Path(self.run_dir))
+            confidence.temperature = recipe.generate.temperature if drawn_here else None
             confidence.to(place.device)
         # The hooks of a wrapper are no part of a graph.
         spread = place.alike if config.cuda_graph else place.parallel

@@ -1,7 +1,8 @@
-"""The evaluation worker: one process with target, draft and n-gram table, given a share of the prompts."""
+"""Evaluation on a worker: one process with target, draft and n-gram table, given a share of the prompts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from transformers import GenerationConfig
 
 from unmask.checkpoints import load_draft
+from unmask.config import Recipe
 from unmask.decoding.ngram import NgramProposer
+from unmask.evaluation.diagnosis import accepted_with_shift
 from unmask.evaluation.pairing import PairingEvaluator
 from unmask.models.target import TargetModel
 from unmask.trajectories import read_tables
@@ -55,3 +58,30 @@ def eos_ids(target_path: str) -> frozenset[int]:
     """Tokens that end a response, from the target's generation config."""
     ids = GenerationConfig.from_pretrained(target_path, local_files_only=True).eos_token_id
     return frozenset(ids if isinstance(ids, list) else [ids])
+
+
+def accepted_by_shift(
+    recipe: Recipe, path: Path, draft_path: Path, prompts: Sequence[Sequence[int]]
+) -> dict[int, list[list[int]]]:
+    """What the plain loop accepts when its features come from the draft's own layers (0), and from those beside them.
+
+    Accepted drafts of each verification, by shift and prompt: see `unmask.evaluation.diagnosis.accepted_with_shift`.
+    """
+    torch.set_num_threads(max(1, int(recipe.evaluate.cpus_per_worker)))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    draft = load_draft(draft_path).to(device)
+    layers = draft.config.target_layer_ids
+    target = TargetModel.load(path, layers, torch.float32).to(device)
+    return {
+        shift: accepted_with_shift(
+            target,
+            draft,
+            prompts,
+            shift,
+            num_speculative_tokens=recipe.evaluate.num_speculative_tokens or draft.config.block_size - 1,
+            max_new_tokens=recipe.evaluate.max_new_tokens,
+            eos_ids=eos_ids(str(path)),
+        )
+        for shift in (0, 1, -1)
+        if min(layers) + shift >= 0 and max(layers) + shift < len(target.blocks)
+    }

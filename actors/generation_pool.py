@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from actors.cluster import connect, explain
+from actors.heartbeat import Watch
 from actors.placement import require_room
 from unmask.config import Recipe
+from unmask.manifest import read_run_id
 from unmask.placement import stage_demands
 from unmask.types import TargetRecord
 
@@ -25,6 +27,12 @@ _TASK_ROWS = 4_096
 _BATCHES_IN_FLIGHT = 3
 """Rows that an actor has in hand, in batches of its engine. A shard ends with its longest response, so that up to half
 of the rows in hand are done already: with one and a half batches the engine's ran a quarter empty."""
+
+_TOKEN_S = 1.0
+"""The longest that a token of a response may take: an engine that is slower than that counts as one that hangs."""
+
+_BEAT_S = 30.0
+"""How often an actor says that it goes on: all touch one file."""
 
 _DECIMALS = 10**5
 
@@ -51,8 +59,8 @@ def run_shards(
     More shards than one execution's tasks may hold are run in waves, each with new actors.
 
     A task whose actor died is retried without end on another actor; the actors themselves count attempts and
-    quarantine a row that keeps killing its engine. Half an hour without a finished task (Ray Data's
-    `RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S`) is a fault.
+    quarantine a row that keeps killing its engine. It is a fault if on no actor a row is finished for as long as Ray
+    Data's `RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S` (half an hour; -1 for ever) and the time of a slow response.
 
     Args:
         directory: the run's `trajectories` folder, with staged prompts.
@@ -65,15 +73,20 @@ def run_shards(
     config = recipe.generate
     connect(num_cpus=config.min_actors * config.cpus_per_actor, num_gpus=config.min_actors * config.gpus_per_actor)
     require_room(stage_demands(recipe)["generate"])
+    limit_s = _silence_limit(config.max_new_tokens)
     arguments = {
         "recipe": recipe,
         "directory": str(directory.absolute()),
         "record": record,
+        "run_id": read_run_id(directory),
+        # Far more often than it would be missed.
+        "beat_every_s": min(_BEAT_S, limit_s / 10),
         "engine_factory": engine_factory,
     }
     shards_per_task = shards_of_a_task(len(shards), config.rows_per_shard)
     for start in range(0, len(shards), _WAVE_TASKS * shards_per_task):
-        yield from _run_wave(recipe, arguments, shards[start : start + _WAVE_TASKS * shards_per_task], shards_per_task)
+        wave = shards[start : start + _WAVE_TASKS * shards_per_task]
+        yield from _run_wave(recipe, arguments, wave, shards_per_task, Watch(directory, limit_s))
 
 
 def shards_of_a_task(num_shards: int, rows_per_shard: int) -> int:
@@ -82,7 +95,7 @@ def shards_of_a_task(num_shards: int, rows_per_shard: int) -> int:
 
 
 def _run_wave(
-    recipe: Recipe, arguments: dict[str, Any], shards: list[int], shards_per_task: int
+    recipe: Recipe, arguments: dict[str, Any], shards: list[int], shards_per_task: int, watch: Watch
 ) -> Iterator[dict[str, Any]]:
     """One execution of Ray Data."""
     import ray
@@ -108,6 +121,9 @@ def _run_wave(
         udf_modifying_row_count=False,
     )
     dataset.context.enable_progress_bars = False
+    # Ray Data's own guard sees a task when it ends, and one may take hours.
+    dataset.context.execution_no_progress_timeout_s = -1
+    dataset.context.custom_execution_callback_classes = [_listening(watch)]
     # Of the whole execution, not of the actors alone: Ray Data also asks the autoscaler for nodes on its own account.
     dataset.context.execution_options.label_selector = config.labels or None
     dataset.context.autoscaling_config = replace(
@@ -118,6 +134,30 @@ def _run_wave(
         yield from dataset.iter_rows()
     except (ray.exceptions.RayError, ray.data.exceptions.ExecutionTimeoutError) as error:
         raise explain(error) from error
+
+
+def _silence_limit(max_new_tokens: int) -> float:
+    """Seconds without a sign of life after which no actor works any more: a wait for nodes, and a slow response."""
+    from ray.data import DataContext
+
+    allowed = DataContext.get_current().execution_no_progress_timeout_s
+    return allowed + _TOKEN_S * max_new_tokens if allowed > 0 else math.inf
+
+
+def _listening(watch: Watch) -> type[Any]:
+    """What Ray Data makes one of for an execution and asks at each step; what it raises ends the execution."""
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+    from ray.data.exceptions import ExecutionTimeoutError
+
+    class Listening(ExecutionCallback):
+        def on_execution_step(self, executor: object) -> None:
+            if watch.is_silent():
+                raise ExecutionTimeoutError(
+                    f"no actor has finished a row for {watch.limit_s:.0f} s; the logs of the actors may say why, "
+                    "and RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S allows more"
+                )
+
+    return Listening
 
 
 def _tasks_in_flight(recipe: Recipe, shards_per_task: int) -> int:

@@ -15,6 +15,8 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 
 from actors.gate import Gate
+from actors.heartbeat import Heartbeat
+from actors.suspects import Suspects, forget
 from engines.engine_options import DIFFUSION_PLACEMENT, PLACEMENT, engine_arguments
 from engines.engine_thread import Completion, EngineDiedError
 from engines.offline_engine import OfflineEngine
@@ -54,12 +56,15 @@ class Generator:
     """Turns shard numbers into shard files; Ray Data calls one instance per actor (`map_batches`).
 
     A shard is written whole by this actor, and only a summary goes back. Several shards are in flight in one
-    engine. If the engine dies the process ends with it: Ray starts the actor anew and hands it the same shards.
+    engine. If the engine dies the process ends with it: Ray starts the actor anew and hands it the same shards. One
+    that was in flight too often when an engine died gets the engine alone, until the deadly row is found.
 
     Args:
         recipe: the resolved recipe.
         directory: the run's `trajectories` folder, on storage that all nodes share.
         record: the target as the driver found it; another one on this node is refused.
+        run_id: of the run; shards of another one in the folder are done anew.
+        beat_every_s: least seconds between two signs of life.
         engine_factory: builds the engine from its arguments; None takes vLLM, or a diffusion engine where the recipe
             names a decoder.
 
@@ -73,6 +78,8 @@ class Generator:
         recipe: Recipe,
         directory: str,
         record: TargetRecord,
+        run_id: str,
+        beat_every_s: float,
         engine_factory: Callable[..., Engine] | None = None,
     ) -> None:
         from transformers import AutoTokenizer
@@ -80,6 +87,8 @@ class Generator:
         self._recipe = recipe
         self._directory = Path(directory)
         self._record = record
+        self._run_id = run_id
+        self._heartbeat = Heartbeat(self._directory, beat_every_s)
         self._decode_config = decode_digest(recipe)
         path = resolve_target(recipe.target.model, recipe.target.revision)
         if describe_target(path) != record:
@@ -103,49 +112,51 @@ class Generator:
 
     async def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Finish the shards of column `shard`; one summary row each: the manifest entry and the seconds taken."""
-        try:
-            summaries = await asyncio.gather(*(self._finish(int(shard)) for shard in batch["shard"]))
-        except EngineDiedError as error:
-            _end_process(error)
+        summaries = await asyncio.gather(*(self._finish(int(shard)) for shard in batch["shard"]))
         return {name: np.array([summary[name] for summary in summaries]) for name in summaries[0]}
 
     async def _finish(self, shard: int) -> dict[str, Any]:
         start = time.monotonic()
-        entry = inspect_shard(self._directory, shard) or await self._work(shard)
+        attempts = Attempts.load(self._directory, shard)
+        entry = inspect_shard(self._directory, shard, self._run_id) or await self._work(shard, attempts)
+        attempts.clear()
+        if attempts.shard >= self._recipe.generate.max_attempts:
+            forget(attempts, self._run_id)
         return {"shard": shard, **asdict(entry), "seconds": time.monotonic() - start}
 
-    async def _work(self, shard: int) -> ShardEntry:
-        attempts = Attempts.load(self._directory, shard)
+    async def _work(self, shard: int, attempts: Attempts) -> ShardEntry:
         rows = read_staged(self._directory / "prompts", shard)
         samples = [Sample(row, n) for row in rows for n in range(self._recipe.generate.samples_per_prompt)]
         if attempts.shard < self._recipe.generate.max_attempts:
             async with self._gate.together():
                 attempts.begin()
+                self._heartbeat.beat()
                 done = list(await asyncio.gather(*map(self._draw, samples)))
         else:
-            logger.warning("shard %d ended its engine %d times; its rows run one by one", shard, attempts.shard)
+            logger.warning("shard %d was there %d times when an engine died; it runs alone", shard, attempts.shard)
             async with self._gate.alone():
-                done = await self._one_by_one(samples, attempts)
-        entry = write_shard(
-            self._directory, shard, [t for t in done if t.error is None], [t for t in done if t.error is not None]
-        )
-        attempts.clear()
-        return entry
+                done = await self._find_deadly(samples, Suspects(self._directory, self._run_id, attempts, len(samples)))
+        good, bad = [t for t in done if t.error is None], [t for t in done if t.error is not None]
+        return write_shard(self._directory, shard, good, bad, self._run_id)
 
-    async def _one_by_one(self, samples: list[Sample], attempts: Attempts) -> list[Trajectory]:
-        done = []
-        for position, sample in enumerate(samples):
-            deaths = attempts.of_row(position)
-            if deaths >= self._recipe.generate.max_attempts:
-                done.append(self._trajectory(sample, (), None, f"the engine died {deaths} times on this row"))
+    async def _find_deadly(self, samples: list[Sample], suspects: Suspects) -> list[Trajectory]:
+        """All rows of a shard, tried in groups that get smaller with each engine that dies."""
+
+        async def draw(position: int) -> None:
+            suspects.keep(position, await self._draw(samples[position]))
+
+        while group := suspects.next_group():
+            if len(group) == 1 and (deaths := suspects.deaths_alone(group[0])) >= self._recipe.generate.max_attempts:
+                error = f"the engine died {deaths} times on this row"
+                suspects.keep(group[0], self._trajectory(samples[group[0]], (), None, error))
                 continue
-            attempts.begin_row(position)
-            done.append(await self._draw(sample))
-            attempts.end_row(position)
-        return done
+            suspects.begin(group)
+            self._heartbeat.beat()
+            await asyncio.gather(*map(draw, group))
+        return [suspects.done[position] for position in range(len(samples))]
 
     async def _draw(self, sample: Sample) -> Trajectory:
-        """The response of one sample with its verdict, or its quarantined row. Raises EngineDiedError."""
+        """The response of one sample with its verdict, or its quarantined row."""
         ids: tuple[int, ...] = ()
         try:
             ids = self._builder.build(sample.row).ids
@@ -153,6 +164,10 @@ class Generator:
             completion = await asyncio.wrap_future(self._engine.submit(ids, self._options(sample)))
         except PromptError as error:
             return self._trajectory(sample, ids, None, str(error))
+        except EngineDiedError as error:
+            # Here and at once: while the error went up, a shard that waits could begin, and be blamed for this death.
+            _end_process(error)
+        self._heartbeat.beat()
         if completion.finish_reason not in ("stop", "length"):
             # Cut off in the middle, it would be learned as if the teacher had meant it.
             return self._trajectory(sample, ids, completion, f"the engine ended it with '{completion.finish_reason}'")

@@ -22,7 +22,7 @@ from unmask.provenance import PROVENANCE, RUN_YAML
 from unmask.training.budget import Budget
 from unmask.training.sequences import SequenceSet
 from unmask.training.training_log import TrainingLog
-from unmask.training.training_state import Trainer, resume_state, save_state
+from unmask.training.training_state import Trainer, resume_same_state, save_state
 
 _STOPPED = 2.0
 """In place of a share of the budget: a stop was asked for."""
@@ -106,7 +106,9 @@ class Learner:
         device = ray.train.torch.get_device()
         self.trainer: SteppedTrainer = job.build(Place(rank=self.rank, world_size=self.world_size, device=device))
         self.budget = Budget(self.config.max_steps, self.config.max_seconds)
-        self._hosts: dist.ProcessGroup | None = None
+        # Between the hosts: a value of the device would have to be waited for in every step.
+        group = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        self._hosts = cast("dist.ProcessGroup | None", group)
         self.stop, self.stopped = StopRequest(self.directory), False
         self.first_loss: float | None = None
         self.last: dict[str, float] = {}
@@ -114,7 +116,7 @@ class Learner:
 
     def run(self) -> None:
         """Train, and on rank 0 save what was trained; a stopped training leaves its state alone."""
-        meta = resume_state(self.directory / CHECKPOINTS, self.trainer)
+        meta = resume_same_state(self.directory / CHECKPOINTS, self.trainer, self.rank, self._hosts)
         if meta is not None:
             self.budget.seconds_used, self.first_loss = meta["seconds_used"], meta["loss_first"]
             self.last = meta["last"]
@@ -165,11 +167,8 @@ class Learner:
     def _progress(self) -> float:
         """Rank 0's view decides for all, so that every rank takes the same number of steps at the same rates."""
         progress = _STOPPED if self.stop.is_made() else self.budget.progress(self.trainer.steps_done)
-        if self.world_size == 1:
-            return progress
-        # Between the hosts: a value of the device would have to be waited for in every step.
         if self._hosts is None:
-            self._hosts = cast("dist.ProcessGroup", dist.new_group(backend="gloo"))
+            return progress
         shared = torch.tensor([progress], dtype=torch.float64)
         dist.broadcast(shared, src=0, group=self._hosts)
         return float(shared)

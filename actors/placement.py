@@ -76,7 +76,7 @@ def _wait_for_autoscaler(demands: Sequence[Demand]) -> None:
             if now - told_at >= _TELL_S:
                 logger.info("waiting for nodes: %s", problem)
                 told_at = now
-            infeasible = [demand for demand in demands if _is_infeasible(demand)]
+            infeasible = [demand for demand in demands if _is_infeasible(demand) or _is_homeless(demand, demands)]
             if not infeasible:
                 feasible_at = now
             elif now - feasible_at > _VERDICT_S:
@@ -86,7 +86,21 @@ def _wait_for_autoscaler(demands: Sequence[Demand]) -> None:
         _end(probes)
 
 
+def _is_homeless(demand: Demand, demands: Sequence[Demand]) -> bool:
+    """Whether a process that takes no CPU waits for a label that no node has, nor one that others wait for may have.
+
+    The autoscaler brings up nothing for it alone: it asks for no resource.
+    """
+    nodes = live_nodes()
+    if demand.resources or not misfit([demand], nodes):
+        return False
+    awaited = [other for other in demands if other.resources and misfit([other], nodes)]
+    return not any(not other.labels or other.labels.items() >= demand.labels.items() for other in awaited)
+
+
 def _why_never(lacking: Demand, problem: str) -> str:
+    if not lacking.resources:
+        return f"{misfit([lacking], live_nodes())}, and no node type is brought up for a process that takes no CPU"
     if misfit([lacking], live_nodes()):
         return f"{lacking.name}: needs {lacking}; no node and no node type of the autoscaler has that"
     return f"{problem}; the autoscaler brings up no more nodes"

@@ -46,8 +46,20 @@ class StopRequest:
         return self._made
 
     def by_sigterm(self) -> AbstractContextManager[None]:
-        """Let SIGTERM make the request, in place of ending the process. Does nothing outside the main thread."""
-        return _on_sigterm(lambda *_: self.make())
+        """Let SIGTERM make the request, in place of ending the process; a second one is what Ctrl-C is.
+
+        Does nothing outside the main thread.
+        """
+        signals = 0
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            nonlocal signals
+            signals += 1
+            if signals > 1:  # Whoever asks again does not want to wait for the answer, or has seen that there is none.
+                signal.default_int_handler(number, frame)
+            self.make()
+
+        return _on_sigterm(handle)
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from typing import Any, cast
 
 from vllm.v1.engine.core import EngineCoreProc
 
+from engines.verification_counts import count_verifications, told_by_vllm
+
 POLL_S = 1.0
 """How soon a core notices that it is alone."""
 
@@ -32,6 +34,8 @@ def tie_engine_cores() -> None:
 def _run_tied(*args: Any, **kwargs: Any) -> None:
     # As `multiprocessing` knows it: the parent may have ended before this is reached.
     parent = cast(BaseProcess, multiprocessing.parent_process())
+    if not told_by_vllm():
+        count_verifications()
     threading.Thread(target=_end_without, args=(parent.pid,), name="parent-watch", daemon=True).start()
     _run_engine_core(*args, **kwargs)
 

@@ -61,6 +61,7 @@ class _TargetStep:
     aux_hidden_states: list[torch.Tensor]
     spec_decode_metadata: Any
     common_attn_metadata: Any
+    all_greedy: bool
 
 
 class RemoteDraft:
@@ -143,7 +144,9 @@ class RemoteDraft:
             self._clock.controller.forget_acceptance()
         num_rows = int(step.common_attn_metadata.query_start_loc_cpu[num_requests])
         k = self._clock.verified(requests, num_rows, drafted, sampled_token_ids)
-        proposals = self._link.propose(rows, features, finished, k, min_chance=self._clock.min_chance)
+        # What a confidence head knows of acceptance does not hold for requests that are sampled.
+        min_chance = self._clock.min_chance if step.all_greedy else 0.0
+        proposals = self._link.propose(rows, features, finished, k, min_chance=min_chance)
         self._clock.drafted(sum(row.last_token >= 0 for row in rows), k, answered=any(proposals))
         return proposals
 
@@ -232,7 +235,8 @@ def _propose(
     common_attn_metadata: Any,
     slot_mappings: Any,
 ) -> list[list[int]]:
-    draft.observe(_TargetStep(runner, aux_hidden_states, spec_decode_metadata, common_attn_metadata))
+    all_greedy = bool(sampling_metadata.all_greedy)
+    draft.observe(_TargetStep(runner, aux_hidden_states, spec_decode_metadata, common_attn_metadata, all_greedy))
     return original(
         runner,
         scheduler_output,

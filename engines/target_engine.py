@@ -32,6 +32,7 @@ from engines.offline_engine import EngineDiedError
 from engines.sampling import plain_logprobs, sampling_params
 from engines.stats_recorder import StatsRecorder
 from engines.target_stats import TargetStats
+from engines.verification_counts import told_by_vllm, verifications_of
 from engines.versions import host_runner, require_tested_vllm
 from unmask.config import TargetConfig
 from unmask.errors import ConfigError, PromptError
@@ -41,7 +42,7 @@ from unmask.targets import resolve_target
 from unmask.types import FinishReason, SamplingOptions, ServedRequest, TokenDelta
 
 _CLIENT_ERRORS = (ValueError, getattr(vllm_exceptions, "VLLMClientError", ValueError))
-"""vLLM 0.26 has no class of its own for a client's mistakes, and does not report how a request was verified."""
+"""vLLM 0.26 has no class of its own for a client's mistakes."""
 _ENDED = ("stop", "length")
 _FINISH_REASONS = (*_ENDED, "abort")
 _CPU_VARIABLES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -71,8 +72,7 @@ def target_arguments(
         arguments.setdefault("distributed_executor_backend", _IN_CORE_PROCESS)
     if draft is None:
         return arguments
-    if not on_gpu:
-        # Unknown to the versions of vLLM that the V2 runner was tested with.
+    if told_by_vllm():
         arguments.setdefault("per_request_spec_decode_metrics", "detailed")
     return with_remote_draft(arguments, draft, host_runner(on_gpu))
 
@@ -173,7 +173,7 @@ class TargetEngine:
                     response += completion.token_ids
                     if on_end is not None and completion.finish_reason in _ENDED:
                         on_end(_served(prompt_ids, response, output))
-                    yield _delta(completion, len(response))
+                    yield _delta(output, len(response))
         except _CLIENT_ERRORS as error:
             raise PromptError(f"the engine refuses the request: {error}") from error
         except EngineDeadError as error:
@@ -238,8 +238,10 @@ def _world_size(arguments: Mapping[str, Any]) -> int:
     return arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
 
 
-def _delta(output: Any, emitted: int) -> TokenDelta:
+def _delta(request: RequestOutput, emitted: int) -> TokenDelta:
     """vLLM's delta in our words; `emitted` counts the response's tokens, this delta's included."""
+    output: Any = request.outputs[0]
+    verifications = verifications_of(request)
     reason = output.finish_reason
     if reason is not None and reason not in _FINISH_REASONS:
         reason = "error"
@@ -247,29 +249,29 @@ def _delta(output: Any, emitted: int) -> TokenDelta:
         token_ids=list(output.token_ids),
         finish_reason=cast("FinishReason | None", reason),
         logprobs=plain_logprobs(output.logprobs),
-        num_forwards=_num_forwards(output, emitted) if reason is not None else None,
+        num_forwards=_num_forwards(verifications, emitted) if reason is not None else None,
     )
 
 
 def _served(prompt_ids: Sequence[int], response_ids: list[int], output: RequestOutput) -> ServedRequest:
     completion = output.outputs[0]
-    verified = getattr(completion, "spec_decode_metrics", None)
+    verifications = verifications_of(output)
+    accepted, drafted = verifications or ([], [])
     return ServedRequest(
         prompt_ids=list(prompt_ids),
         response_ids=response_ids,
         finish_reason=cast("FinishReason", completion.finish_reason),
-        num_forwards=_num_forwards(completion, len(response_ids)),
-        accepted=list(verified.per_step_accepted) if verified else [],
-        drafted=list(verified.per_step_drafted) if verified else [],
+        num_forwards=_num_forwards(verifications, len(response_ids)),
+        accepted=accepted,
+        drafted=drafted,
         cached_tokens=output.num_cached_tokens or 0,
     )
 
 
-def _num_forwards(output: Any, emitted: int) -> int:
+def _num_forwards(verifications: tuple[list[int], list[int]] | None, emitted: int) -> int:
     """Each forward emits one token of the target's own and the drafted ones that it accepts."""
-    verified = getattr(output, "spec_decode_metrics", None)
-    if verified is None:
+    if verifications is None:
         return emitted
-    accepted = sum(count * times for count, times in enumerate(verified.histogram))
+    accepted, _ = verifications
     # The last block may have been accepted beyond the end of the response.
-    return max(emitted - accepted, sum(verified.histogram), 1)
+    return max(emitted - sum(accepted), len(accepted), 1)

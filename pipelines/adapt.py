@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.cli import Invocation, run_pipeline
-from pipelines.training import TrainingReport, placement, train
+from pipelines.placement import placement
+from pipelines.training import TrainingReport, train
 from unmask.config import AdaptConfig, Recipe
 from unmask.errors import CheckpointError, ConfigError
 from unmask.prompt_rows import check_source
@@ -80,5 +81,6 @@ def main(invocation: Invocation) -> str:
 
 
 if __name__ == "__main__":
-    plan = functools.partial(placement, stage="adapt")
-    sys.exit(run_pipeline(main, description=(__doc__ or "").splitlines()[0], plan=plan))
+    sys.exit(
+        run_pipeline(main, description=(__doc__ or "").splitlines()[0], plan=lambda recipe: placement(recipe, "adapt"))
+    )

@@ -18,16 +18,13 @@ from typing import NoReturn
 
 import yaml
 
-from actors.cluster import FaultError, explain
-from actors.stop_request import StoppedError, sigterm_interrupts
+from actors.exit_codes import USER_ERROR, exit_code, fail
+from actors.stop_request import sigterm_interrupts
 from unmask.config import Recipe
-from unmask.errors import ConfigError, UserError, nearest
+from unmask.errors import ConfigError, nearest
 from unmask.recipe import load_recipe, to_tree
 
-_HELPERS = ("chat_client", "cli", "progress", "student_evaluation", "training")
-
-DONE, USER_ERROR, FAULT, INTERRUPTED = 0, 2, 3, 130
-"""Exit codes: done; the user can mend it; faults that retries did not mend; stopped by Ctrl-C or SIGTERM."""
+_HELPERS = ("chat_client", "cli", "gate_report", "placement", "progress", "student_evaluation", "training")
 
 _STOPPED = "stopped; run the same command again to go on from here"
 
@@ -56,31 +53,22 @@ def run_pipeline(
         plan: the placement lines that `--plan` prints under the resolved recipe.
 
     Returns:
-        The exit code (see `DONE` and its neighbours).
+        The exit code (see `actors.exit_codes`).
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request
-    try:
-        arguments = _parser(description).parse_intermixed_args(argv)
+
+    def work() -> None:
+        arguments = make_parser(description).parse_intermixed_args(argv)
         recipe = with_absolute_run_dir(load_recipe(arguments.recipe, arguments.override))
         if arguments.plan:
             sys.stdout.write(yaml.safe_dump(to_tree(recipe), sort_keys=False) + plan(recipe))
-            return DONE
+            return
         with sigterm_interrupts():
             last_line = main(Invocation(recipe=recipe, fresh=arguments.fresh))
         sys.stdout.write(last_line + "\n")
-    except UserError as error:
-        return _fail(USER_ERROR, str(error))
-    except (FaultError, OSError) as error:
-        # An OSError is a disk or store that is full, read-only or gone: what is finished stays, and is resumed from.
-        return _fail(FAULT, str(error))
-    except (KeyboardInterrupt, StoppedError):
-        return _fail(INTERRUPTED, _STOPPED)
-    except Exception as error:
-        if not type(error).__module__.startswith("ray."):
-            raise
-        return _fail(FAULT, str(explain(error)))
-    return DONE
+
+    return exit_code(work, stopped=_STOPPED)
 
 
 def main() -> None:
@@ -90,7 +78,7 @@ def main() -> None:
     stage = sys.argv[1] if len(sys.argv) > 1 else ""
     if stage not in stages:
         usage = f"give a stage{nearest(stage, stages)}: unmask {{{','.join(stages)}}} recipe.yaml ..."
-        sys.exit(_fail(USER_ERROR, usage))
+        sys.exit(fail(USER_ERROR, usage))
     sys.argv[1:] = sys.argv[2:]
     runpy.run_module(f"pipelines.{stage}", run_name="__main__", alter_sys=True)
 
@@ -114,7 +102,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (--help shows the usage)")
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """The parser of every stage's command line; it raises ConfigError."""
     parser = _Parser(description=description, allow_abbrev=False)
     parser.add_argument("recipe", help="a YAML recipe, such as recipes/demo.yaml")
     parser.add_argument("override", nargs="*", default=[], help="section.field=value, replacing the recipe's value")
@@ -123,8 +112,3 @@ def _parser(description: str) -> argparse.ArgumentParser:
     start.add_argument("--resume", action="store_true", help="go on with an unfinished run (this is the default)")
     start.add_argument("--fresh", action="store_true", help="delete what an earlier run of this stage left, start over")
     return parser
-
-
-def _fail(code: int, message: str) -> int:
-    sys.stderr.write(f"error: {message}\n")
-    return code

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.cli import Invocation, run_pipeline
-from pipelines.training import TrainingReport, placement, train
+from pipelines.placement import placement
+from pipelines.training import TrainingReport, train
 from unmask.config import Recipe
 from unmask.errors import ConfigError
 from unmask.recipe import to_tree
@@ -88,5 +89,8 @@ def main(invocation: Invocation) -> str:
 
 
 if __name__ == "__main__":
-    plan = functools.partial(placement, stage="distill")
-    sys.exit(run_pipeline(main, description=(__doc__ or "").splitlines()[0], plan=plan))
+    sys.exit(
+        run_pipeline(
+            main, description=(__doc__ or "").splitlines()[0], plan=lambda recipe: placement(recipe, "distill")
+        )
+    )

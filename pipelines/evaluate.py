@@ -11,17 +11,15 @@ import itertools
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actors.cluster import connect, explain
 from actors.placement import require_room
 from pipelines.cli import Invocation, run_pipeline
+from pipelines.placement import placement
 from pipelines.student_evaluation import StudentReport, checkpoints, evaluate_student, table_of
-from unmask.checkpoints import check_pairing
 from unmask.config import PromptsConfig, Recipe, StudentConfig
 from unmask.errors import CheckpointError, UserError
-from unmask.evaluation.pairing import PromptOutcome, SetSummary, summarise
-from unmask.evaluation.plots import plot_pairing
 from unmask.files import write_json
 from unmask.placement import stage_demands
 from unmask.prompt_rows import check_source
@@ -29,6 +27,9 @@ from unmask.prompts import PromptBuilder, RejectedPrompt, stream_prompts
 from unmask.targets import describe_target, resolve_target
 from unmask.training.training_log import read_log
 from unmask.types import Prompt
+
+if TYPE_CHECKING:
+    from unmask.evaluation.pairing import PromptOutcome, SetSummary
 
 SETS = ("new_items", "new_templates")
 
@@ -53,6 +54,10 @@ def evaluate(recipe: Recipe, run_dir: Path, draft: Path | None = None) -> Evalua
     """
     if recipe.student is not None:
         return _evaluate_student(recipe, recipe.student, run_dir)
+    from unmask.checkpoints import check_pairing
+    from unmask.evaluation.pairing import summarise
+    from unmask.evaluation.plots import plot_pairing
+
     draft = draft or run_dir / "draft" / "final"
     target_path = resolve_target(recipe.target.model, recipe.target.revision)
     config = check_pairing(draft, describe_target(target_path))
@@ -123,6 +128,7 @@ def _run(
     from ray.util import ActorPool
 
     from actors.evaluator import Evaluator, EvaluatorSpec
+    from unmask.evaluation.pairing import PromptOutcome
 
     spec = EvaluatorSpec(
         target_path=str(target_path),
@@ -165,4 +171,8 @@ def main(invocation: Invocation) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_pipeline(main, description=(__doc__ or "").splitlines()[0]))
+    sys.exit(
+        run_pipeline(
+            main, description=(__doc__ or "").splitlines()[0], plan=lambda recipe: placement(recipe, "evaluate")
+        )
+    )

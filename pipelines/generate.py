@@ -6,24 +6,27 @@ summary a shard and keeps the manifest, so that a killed job goes on where it wa
 
 from __future__ import annotations
 
-import shutil
+import functools
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from actors.generation_pool import run_shards
+from actors.suspects import forget_finished
 from engines.engine_options import DIFFUSION_PLACEMENT, PLACEMENT, check_engine_options
 from pipelines.cli import Invocation, run_pipeline
+from pipelines.placement import placement
 from pipelines.progress import GenerationProgress
 from unmask.config import Recipe
 from unmask.errors import UserError
-from unmask.files import write_json
-from unmask.manifest import Manifest, ManifestSaver, ShardEntry
-from unmask.placement import PLACING, stage_demands
+from unmask.files import write_json, write_text
+from unmask.manifest import RUN_ID, Manifest, ManifestSaver, ShardEntry, delete_run, read_run_id
+from unmask.placement import PLACING
 from unmask.prompt_rows import check_source
-from unmask.provenance import check_same_run, write_run
+from unmask.provenance import RUN_YAML, check_same_run, write_run
 from unmask.recipe import to_tree
 from unmask.staged_prompts import stage_prompts
 from unmask.targets import describe_target, resolve_target
@@ -75,13 +78,14 @@ def generate(
     if recipe.generate.decoder is None:
         check_engine_options(recipe.target.engine)
     if fresh:
-        shutil.rmtree(directory, ignore_errors=True)
+        delete_run(directory)
     check_same_run(directory, tree, ignore=_MAY_CHANGE)
     recipe = with_teacher(recipe, run_dir)
     teacher = resolve_target(recipe.target.model, recipe.target.revision)
     check_teacher(teacher, recipe.generate.decoder)
     record = describe_target(teacher)
     check_writer(directory, record)
+    run_id = _run_id(directory)
     write_run(directory, tree)
     write_json(directory / WRITER, asdict(record))
     staged = stage_prompts(
@@ -90,8 +94,8 @@ def generate(
         max(1, recipe.generate.rows_per_shard // recipe.generate.samples_per_prompt),
     )
     manifest = Manifest.load(directory)
-    manifest.reconcile(directory, inspect_shard)
-    shutil.rmtree(directory / "attempts", ignore_errors=True)
+    manifest.reconcile(directory, functools.partial(inspect_shard, run_id=run_id))
+    forget_finished(directory, manifest.entries.keys())
     resumed = len(manifest.entries)
     pending = manifest.pending(range(staged.num_shards))
     summaries = run_shards(_pinned(recipe, record), directory, record, pending, engine_factory) if pending else iter(())
@@ -100,6 +104,14 @@ def generate(
     with GenerationProgress(total, done, recipe.generate.progress_every_s) as progress:
         _record(summaries, manifest, directory, progress)
     return _report(manifest, progress, resumed)
+
+
+def _run_id(directory: Path) -> str:
+    """The run's id: a new one for a run that begins now, none for one that began when runs had none."""
+    if not (directory / RUN_ID).exists() and not (directory / RUN_YAML).exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(directory / RUN_ID, uuid.uuid4().hex)
+    return read_run_id(directory)
 
 
 def _pinned(recipe: Recipe, record: TargetRecord) -> Recipe:
@@ -141,13 +153,6 @@ def _report(manifest: Manifest, progress: GenerationProgress, resumed_shards: in
     return report
 
 
-def placement(recipe: Recipe) -> str:
-    """What `--plan` says of this stage."""
-    [actors] = stage_demands(recipe)["generate"]
-    shards = f"{recipe.generate.rows_per_shard} rows a shard"
-    return f"# generate: {actors.least} to {actors.most} actors, each {actors}; {shards}\n"
-
-
 def main(invocation: Invocation) -> str:
     """Run the stage; the last line to print."""
     report = generate(invocation.recipe, Path(invocation.recipe.run_dir), fresh=invocation.fresh)
@@ -159,4 +164,8 @@ def main(invocation: Invocation) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_pipeline(main, description=(__doc__ or "").splitlines()[0], plan=placement))
+    sys.exit(
+        run_pipeline(
+            main, description=(__doc__ or "").splitlines()[0], plan=lambda recipe: placement(recipe, "generate")
+        )
+    )

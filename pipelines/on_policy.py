@@ -7,14 +7,15 @@ blocks that begin where drafts were rejected, evaluate and publish. The last dra
 
 from __future__ import annotations
 
-import functools
 import http
 import itertools
 import logging
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,11 @@ import httpx
 from actors.cluster import FaultError, connect
 from pipelines.chat_client import ChatClient, Messages, messages_of
 from pipelines.cli import Invocation, run_pipeline
-from pipelines.run import Line, cpus, gpus, placement
-from unmask.capture import ACCEPTED, REJECTED, captured, collect
+from pipelines.gate import Question, compare, explained, is_served_as_evaluated, questions_of
+from pipelines.gate_report import check
+from pipelines.placement import placement
+from pipelines.run import Line, cpus, gpus
+from unmask.capture import ACCEPTED, REJECTED, captured, collect, read_captured
 from unmask.config import OnPolicyConfig, Recipe
 from unmask.errors import ConfigError
 from unmask.evaluation.metrics import acceptance_length
@@ -51,7 +55,9 @@ class CaptureReport:
     rejections: int
     """Blocks that were not accepted whole."""
     acceptance_length: float
-    """As served, at `generate.temperature`."""
+    """Of the round's prompts, at `generate.temperature`."""
+    acceptance_length_held_out: float
+    """Of the prompts that every draft is evaluated with, at `generate.temperature` with the same seeds for each."""
 
 
 def on_policy(recipe: Recipe, run_dir: Path, *, fresh: bool = False) -> list[dict[str, Any]]:
@@ -74,9 +80,9 @@ def on_policy(recipe: Recipe, run_dir: Path, *, fresh: bool = False) -> list[dic
     drafts = [_train(line, fresh)]
     with _Service(recipe, run_dir / "captured") as service:
         for number in range(1, rounds + 2):
-            line = _next_line(line, run_dir, number)
+            evaluated_in, line = line.run_dir, _next_line(line, run_dir, number)
             published = Path(drafts[-1]["path"])
-            work = functools.partial(service.capture, published, line.run_dir, number)
+            work = partial(service.capture, published, evaluated_in, line.run_dir, number)
             drafts[-1] |= {"served": line.stage("capture", work)}
             if number <= rounds:
                 drafts.append(_train(line, fresh))
@@ -136,16 +142,20 @@ class _Service:
         if self.handle is not None:
             self.handle.shutdown()
 
-    def capture(self, draft: Path, run_dir: Path, number: int) -> CaptureReport:
-        """Serve a draft, ask a round's prompts, and make `<run_dir>/trajectories` of what was captured."""
-        handle = self._serving(draft)
-        before, kept = frozenset(captured(self.root)), _kept(handle)
-        asked, refused = self._ask(handle.url, number)
-        end = time.monotonic() + _WRITTEN_WITHIN_S
-        while _kept(handle) - kept < asked - refused:
-            if time.monotonic() > end:
-                raise FaultError(f"the service did not write its requests into '{self.root}'; its logs say why")
-            time.sleep(0.5)
+    def capture(self, draft: Path, evaluated_in: Path, run_dir: Path, number: int) -> CaptureReport:
+        """Serve a draft, let it through the gate, ask a round's prompts, and make `<run_dir>/trajectories` of them.
+
+        Raises:
+            UserError: the draft does not serve what was evaluated in `evaluated_in`; the service is ended.
+            FaultError: the service did not answer, or did not write what it was asked.
+        """
+        questions, num_tokens = questions_of(self.recipe, evaluated_in)
+        handle = self._serving(draft, num_tokens)
+        self._gate(handle, draft, questions)
+        held_out = [question.messages for question in questions]
+        before, _ = self._written(handle, partial(self._ask, handle.url, enumerate(held_out), 0))
+        accepted = [count for row in read_captured(self.root, without=before) for count in row.meta[ACCEPTED]]
+        before, refused = self._written(handle, partial(self._ask, handle.url, self._prompts(number), number))
         collect(self.root, run_dir, without=before)
         meta = [row.meta for row in read_trajectories(run_dir)]
         return CaptureReport(
@@ -153,15 +163,43 @@ class _Service:
             refused=refused,
             rejections=sum(len(one[REJECTED]) for one in meta),
             acceptance_length=acceptance_length([count for one in meta for count in one[ACCEPTED]]),
+            acceptance_length_held_out=acceptance_length(accepted),
         )
 
-    def _serving(self, draft: Path) -> ServeHandle:
+    def _gate(self, handle: ServeHandle, draft: Path, questions: list[Question]) -> None:
+        report, served = compare(self.recipe, handle, questions, self.root)
+        if not is_served_as_evaluated(report, questions, served):
+            handle.shutdown()
+            self.handle = None
+            report = explained(report, self.recipe, draft, questions, served)
+        check(report)
+
+    def _written(self, handle: ServeHandle, ask: Callable[[], tuple[int, int]]) -> tuple[frozenset[Path], int]:
+        """Ask, and wait until it is written: the shards that were there before, and the requests that were refused."""
+        before, kept = frozenset(captured(self.root)), _kept(handle)
+        asked, refused = ask()
+        end = time.monotonic() + _WRITTEN_WITHIN_S
+        while _kept(handle) - kept < asked - refused:
+            if time.monotonic() > end:
+                raise FaultError(f"the service did not write its requests into '{self.root}'; its logs say why")
+            time.sleep(0.5)
+        return before, refused
+
+    def _serving(self, draft: Path, num_tokens: int) -> ServeHandle:
         """The service with a draft live: started with the first one there is, and swapped from then on."""
         from serve_app.handle import serve_pairing
 
         if self.handle is None:
             first = self.recipe.draft.go_on_from or str(draft)
-            options = replace(self.recipe.serve, draft=first, capture=str(self.root), capture_flush_s=1.0)
+            # Whole blocks, so that it is seen where each is rejected, and as many as are evaluated.
+            options = replace(
+                self.recipe.serve,
+                draft=first,
+                num_speculative_tokens=num_tokens,
+                adaptive_k=False,
+                capture=str(self.root),
+                capture_flush_s=1.0,
+            )
             self.handle, self.draft = serve_pairing(replace(self.recipe, serve=options)), first
         if self.draft != str(draft):
             self.handle.swap_draft(draft)
@@ -169,11 +207,16 @@ class _Service:
             logger.info("'%s' is live", draft.name)
         return self.handle
 
-    def _ask(self, url: str, number: int) -> tuple[int, int]:
-        """Requests of a round, and how many of them were refused."""
-        generate, count = self.recipe.generate, self.settings.requests
+    def _prompts(self, number: int) -> Iterator[tuple[int, Messages]]:
+        """The chats of a round, by their number in it."""
+        count = self.settings.requests
         rows = itertools.cycle(row for row in prompt_rows(self.recipe.prompts) if row.error is None)
-        chosen = enumerate(itertools.islice(rows, (number - 1) * count, number * count))
+        chosen = itertools.islice(rows, (number - 1) * count, number * count)
+        return enumerate(messages_of(row.values, self.recipe.prompts) for row in chosen)
+
+    def _ask(self, url: str, chats: Iterable[tuple[int, Messages]], number: int) -> tuple[int, int]:
+        """How many chats were sent, each with a seed of its own and the round's, and how many of them refused."""
+        generate = self.recipe.generate
         client = ChatClient(
             url, clients=self.settings.clients, model=self.recipe.serve.name, max_tokens=generate.max_new_tokens,
             temperature=generate.temperature, top_p=generate.top_p,
@@ -192,7 +235,7 @@ class _Service:
             return True
 
         with ThreadPoolExecutor(self.settings.clients) as pool:
-            asked = [pool.submit(ask, i, messages_of(row.values, self.recipe.prompts)) for i, row in chosen]
+            asked = [pool.submit(ask, index, messages) for index, messages in chats]
             taken = [future.result() for future in asked]
         return len(taken), taken.count(False)
 
@@ -210,20 +253,29 @@ def _serving(recipe: Recipe, kind: str) -> float:
     return serve.target_replicas * of_target + serve.draft_replicas * of_draft
 
 
+def plan(recipe: Recipe) -> str:
+    """What `--plan` says of the rounds."""
+    return placement(recipe) + "# from the first round on the service runs beside distill and evaluate\n"
+
+
+def _line(draft: dict[str, Any], temperature: float) -> str:
+    served = draft["served"]
+    evaluated = ", ".join(f"{value:.3f} on {name}" for name, value in draft["evaluated"].items())
+    return (
+        f"{Path(draft['path']).name}: {draft['sequences']} sequences, {draft['steps']} steps, "
+        f"loss {draft['loss_last']:.3f}; acceptance length {evaluated} (T = 0), "
+        f"{served['acceptance_length_held_out']:.3f} served (T = {temperature:g}); "
+        f"captured: {served['requests']} requests, {served['rejections']} rejected blocks"
+    )
+
+
 def main(invocation: Invocation) -> str:
     """Run the rounds; the lines to print."""
     recipe = invocation.recipe
     drafts = on_policy(recipe, Path(recipe.run_dir), fresh=invocation.fresh)
-    lines = [
-        f"{Path(draft['path']).name}: {draft['sequences']} sequences, {draft['steps']} steps, "
-        f"loss {draft['loss_last']:.3f}; acceptance length "
-        + ", ".join(f"{value:.3f} on {name}" for name, value in draft["evaluated"].items())
-        + f" (T = 0), {draft['served']['acceptance_length']:.3f} served (T = {recipe.generate.temperature:g}, "
-        f"{draft['served']['requests']} requests, {draft['served']['rejections']} rejected blocks)"
-        for draft in drafts
-    ]
+    lines = [_line(draft, recipe.generate.temperature) for draft in drafts]
     return "\n".join([*lines, f"report in {Path(recipe.run_dir) / 'on_policy.json'}"])
 
 
 if __name__ == "__main__":
-    sys.exit(run_pipeline(main, description=(__doc__ or "").splitlines()[0], plan=placement))
+    sys.exit(run_pipeline(main, description=(__doc__ or "").splitlines()[0], plan=plan))

@@ -1,7 +1,7 @@
 """A draft or student to an immutable version: `python -m pipelines.publish recipe.yaml [section.field=value ...]`.
 
-The version is a digest of weights and of what they were made for or from: what is published is never changed, and
-publishing the same twice gives the same directory.
+The version is a digest of weights, a draft's confidence head, `config.json`, and what they were made for or from: what
+is published is never changed, and publishing the same twice gives the same directory.
 """
 
 from __future__ import annotations
@@ -13,16 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.cli import Invocation, run_pipeline
-from unmask.checkpoints import WEIGHTS, check_pairing, load_confidence, load_draft, read_config, save_draft
 from unmask.config import Recipe, StudentConfig
-from unmask.diffusion_checkpoints import read_lineage
 from unmask.errors import CheckpointError
 from unmask.files import CHECKSUMS, atomic_directory, sha256_file, verify_directory
-from unmask.model_card import diffusion_card, model_card
 from unmask.provenance import PROVENANCE, RUN_YAML
 from unmask.recipe import digest
 from unmask.targets import describe_target, resolve_target
-from unmask.types import TargetRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,18 +38,23 @@ def publish(recipe: Recipe, run_dir: Path) -> PublishReport:
     """
     if recipe.student is not None:
         return _publish_student(recipe, recipe.student, run_dir)
+    from unmask.checkpoints import check_pairing, load_confidence, load_draft, save_draft
+    from unmask.model_card import model_card
+
     config = recipe.publish
     source = Path(config.draft) if config.draft else run_dir / "draft" / "final"
-    target = describe_target(resolve_target(recipe.target.model, recipe.target.revision))
-    _check(source, target, adopt=config.adopt)
-    version = digest(_weights_digest(source), target, *([config.format] if config.format != "zlab" else []))[:12]
+    target_path = resolve_target(recipe.target.model, recipe.target.revision)
+    target = describe_target(target_path)
+    check_pairing(source, target, adopt=config.adopt)
+    form = [config.format, _name_for_loaders(recipe, target_path)] if config.format != "zlab" else []
+    version = digest(_content_digest(source), target, *form)[:12]
     path = _directory(recipe, run_dir, f"{config.name or 'dflash'}-{version}")
     if _is_published(path):
         return PublishReport(version=version, path=str(path))
-    draft = load_draft(source)
+    draft = load_draft(source, target=target)
     evaluation = run_dir / "evaluation" / "evaluation.json"
     sets = json.loads(evaluation.read_text())["sets"] if evaluation.is_file() and not config.draft else {}
-    card = model_card(path.name, recipe.target.model, config.license, draft.config, target, sets)
+    card = model_card(path.name, recipe.target.model, config.license, draft.config, target, sets, form=config.format)
     records = {n: (source / n).read_text() for n in (RUN_YAML, PROVENANCE) if (source / n).is_file()}
     save_draft(
         draft,
@@ -61,16 +62,20 @@ def publish(recipe: Recipe, run_dir: Path) -> PublishReport:
         target,
         texts={"README.md": card, **records},
         form=config.format,
+        verifier=_name_for_loaders(recipe, target_path),
         confidence=load_confidence(source),
     )
     return PublishReport(version=version, path=str(path))
 
 
 def _publish_student(recipe: Recipe, student: StudentConfig, run_dir: Path) -> PublishReport:
+    from unmask.diffusion_checkpoints import read_lineage
+    from unmask.model_card import diffusion_card
+
     config = recipe.publish
     source = Path(config.draft) if config.draft else run_dir / "student" / "final"
     lineage = read_lineage(source)
-    version = digest(_weights_digest(source), lineage)[:12]
+    version = digest(_content_digest(source), lineage)[:12]
     path = _directory(recipe, run_dir, f"{config.name or student.objective}-{version}")
     if _is_published(path):
         return PublishReport(version=version, path=str(path))
@@ -95,17 +100,22 @@ def _is_published(path: Path) -> bool:
     return path.exists()
 
 
-def _check(source: Path, target: TargetRecord, *, adopt: bool) -> None:
-    _, record = read_config(source)
-    if record is not None or not adopt:
-        check_pairing(source, target)
+def _name_for_loaders(recipe: Recipe, target_path: Path) -> str:
+    """How loaders that are not ours find the target: by its id on the hub, or where it lies."""
+    model = recipe.target.model
+    on_hub = not model.startswith("embedded:") and not Path(model).expanduser().is_dir()
+    return model if on_hub else str(target_path)
 
 
-def _weights_digest(source: Path) -> str:
-    files = sorted(source.glob("*.safetensors")) or [source / WEIGHTS]
-    if not files[0].is_file():
+def _content_digest(source: Path) -> str:
+    """Of everything that makes a checkpoint behave as it does."""
+    from unmask.checkpoints import CONFIDENCE
+
+    weights = sorted(source.glob("*.safetensors"))
+    if not weights:
         raise CheckpointError(f"'{source}' holds no safetensors weights")
-    return digest([sha256_file(file) for file in files])
+    files = [source / "config.json", *weights, source / CONFIDENCE]
+    return digest({file.relative_to(source).as_posix(): sha256_file(file) for file in files if file.is_file()})
 
 
 def main(invocation: Invocation) -> str:
@@ -115,4 +125,6 @@ def main(invocation: Invocation) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_pipeline(main, description=(__doc__ or "").splitlines()[0]))
+    sys.exit(
+        run_pipeline(main, description=(__doc__ or "").splitlines()[0], plan=lambda _: "# publish: this process\n")
+    )

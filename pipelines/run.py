@@ -21,10 +21,11 @@ from typing import Any
 from actors.cluster import connect
 from engines.engine_options import DIFFUSION_PLACEMENT, PLACEMENT, check_engine_options
 from pipelines.cli import Invocation, run_pipeline
+from pipelines.placement import placement
 from unmask.config import DistillConfig, Recipe, TrainingConfig
 from unmask.errors import ConfigError, UserError
 from unmask.files import write_json
-from unmask.placement import PLACING, stage_demands
+from unmask.placement import PLACING
 from unmask.prompt_rows import check_source
 from unmask.recipe import digest, to_tree
 
@@ -130,7 +131,7 @@ def run(recipe: Recipe, run_dir: Path, *, fresh: bool = False) -> dict[str, Any]
         report = student_summary(_student_stages(line, fresh)) | {"seconds": time.monotonic() - start}
         write_json(run_dir / "report.json", report)
         return report
-    from pipelines.gate import GateReport, check
+    from pipelines.gate_report import GateReport, check
 
     stages = _pairing_stages(line, fresh)
     report = summary(stages) | {"seconds": time.monotonic() - start}
@@ -267,15 +268,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(_cell(item) for item in value)
     return str(value)
-
-
-def placement(recipe: Recipe) -> str:
-    """What `--plan` says of the whole line."""
-    from pipelines import generate, training
-
-    served = [f"# {d.name}: {d.least} to {d.most} replicas, each {d}\n" for d in stage_demands(recipe)["serve"]]
-    trained = training.placement(recipe, "adapt"), training.placement(recipe, "distill")
-    return trained[0] + generate.placement(recipe) + trained[1] + "".join([] if recipe.student else served)
 
 
 def main(invocation: Invocation) -> str:

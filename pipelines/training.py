@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from actors.training_run import connect_for, run_training
 from unmask.config import Recipe
-from unmask.placement import PLACING, Demand, stage_demands
+from unmask.placement import PLACING, stage_demands
 from unmask.provenance import check_same_run, write_run
 from unmask.recipe import to_tree
 
@@ -73,13 +73,3 @@ def train(
     run_training(make_job(), demand)
     summary = json.loads((directory / "summary.json").read_text())
     return TrainingReport(**summary, checkpoint=str(directory / "final"))
-
-
-def placement(recipe: Recipe, stage: str) -> str:
-    """What `--plan` says of a stage that trains."""
-    demands = stage_demands(recipe)[stage]
-    return "".join(f"# {stage}: {_count(d)} workers, each {d}\n" for d in demands)
-
-
-def _count(demand: Demand) -> str:
-    return str(demand.most) if demand.least == demand.most else f"{demand.least} to {demand.most}"

@@ -11,53 +11,39 @@ import threading
 
 import yaml
 
-from actors.cluster import FaultError, connect
+from actors.cluster import connect
+from actors.exit_codes import exit_code
 from actors.stop_request import sigterm_interrupts
 from unmask.config import Recipe
-from unmask.errors import UserError
-from unmask.placement import serve_demands
+from unmask.placement import plan_line, serve_demands
 from unmask.recipe import load_recipe
 
 _SECTIONS = ("target", "serve")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; answers the exit code: 0 done, 2 the user can mend it, 3 a fault, 130 stopped early."""
+    """Run the command line; answers the exit code (see `actors.exit_codes`)."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     arguments = _parse(argv)
-    try:
+
+    def work() -> None:
         recipe = load_recipe(arguments.recipe, arguments.override)
         if arguments.plan:
             sys.stdout.write(plan(recipe))
-            return 0
+            return
         with sigterm_interrupts():
             serve_until_stopped(recipe)
-    except KeyboardInterrupt:
-        sys.stderr.write("error: stopped before it could serve\n")
-        return 130
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except FaultError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 3
-    return 0
+
+    return exit_code(work, stopped="stopped before it could serve")
 
 
 def plan(recipe: Recipe) -> str:
     """The resolved sections of a recipe, and what will be placed where."""
     serve = recipe.serve
     tree = {name: dataclasses.asdict(getattr(recipe, name)) for name in _SECTIONS}
-    lines = []
-    if serve.serves_target:
-        lines.append(f"# target: {serve.target_replicas} x ({serve.target_cpus:g} CPU, {serve.target_gpus:g} GPU)")
-    if serve.draft is not None:
-        lines.append(f"# draft: {serve.draft_replicas} x ({serve.draft_cpus:g} CPU, {serve.draft_gpus:g} GPU)")
-    if serve.diffusion is not None:
-        each = f"({serve.diffusion_cpus:g} CPU, {serve.diffusion_gpus:g} GPU)"
-        lines.append(f"# diffusion: {serve.diffusion_replicas} x {each}")
-    lines.append("# ingress and directory: 1 each, no CPU reserved; one HTTP proxy a node")
-    return yaml.safe_dump(tree, sort_keys=False) + "\n".join(lines) + "\n"
+    lines = [f"{plan_line(demand)}\n" for demand in serve_demands(serve, has_draft=serve.draft is not None)]
+    lines.append("# beside the ingress: a directory, no CPU; one HTTP proxy a node\n")
+    return yaml.safe_dump(tree, sort_keys=False) + "".join(lines)
 
 
 def serve_until_stopped(recipe: Recipe) -> None:

@@ -21,6 +21,8 @@ class ReplicaReport:
     replica: str
     pids: tuple[int, ...]
     """Its own process first, then the engine's."""
+    node: str = ""
+    """Ray's id of the node that they run on."""
     stats: dict[str, Any] = field(default_factory=dict)
     """Counters and gauges by name: numbers, or lists of numbers by draft position."""
     checkpoint: str = ""

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import cast
 
+import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -85,6 +86,10 @@ class Diffusion:
 
     async def _tell(self) -> None:
         report = ReplicaReport(
-            role="diffusion", replica=self._replica, pids=(os.getpid(),), stats=diffusion_metrics(self._engine.stats)
+            role="diffusion",
+            replica=self._replica,
+            pids=(os.getpid(),),
+            node=ray.get_runtime_context().get_node_id(),
+            stats=diffusion_metrics(self._engine.stats),
         )
         await self._directory.note_diffusion.remote(report)

@@ -108,6 +108,7 @@ class Draft:
             role="draft",
             replica=self._replica,
             pids=(os.getpid(),),
+            node=ray.get_runtime_context().get_node_id(),
             stats=stats,
             checkpoint=self._swapped_in or self._first,
         )

@@ -5,16 +5,21 @@ from __future__ import annotations
 import http
 import http.client
 import logging
+import os
+import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.cluster import FaultError
 from actors.placement import require_room
@@ -57,6 +62,17 @@ class ServeHandle:
     def diffusion_pids(self) -> list[int]:
         """Processes of the diffusion LM's replicas."""
         return self._pids("diffusion")
+
+    def killer(self, pid: int) -> Callable[[], None]:
+        """SIGKILL of a replica's process from its own node, which may be another one than this process's.
+
+        What sends it is up when this returns, so that the signal follows the call at once.
+        """
+        [node] = [report.node for report in self.reports() if pid in report.pids]
+        actor: Any = ray.remote(num_cpus=0)(_Killer)
+        killer = actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+        ray.get(killer.__ray_ready__.remote())
+        return lambda: ray.get(killer.kill.remote(pid))
 
     def swap_draft(self, path: Path, timeout_s: float = 120.0) -> None:
         """Make a published draft live under load: no replica restarts, no request fails, texts stay the same.
@@ -101,6 +117,11 @@ class ServeHandle:
 
     def _pids(self, role: str) -> list[int]:
         return [report.pids[0] for report in self.reports() if report.role == role]
+
+
+class _Killer:
+    def kill(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
 
 
 def serve_pairing(recipe: Recipe) -> ServeHandle:

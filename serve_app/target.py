@@ -135,6 +135,7 @@ class Target:
             role="target",
             replica=self._replica,
             pids=self._pids,
+            node=ray.get_runtime_context().get_node_id(),
             stats=target_metrics(self._engine.stats(), status) | capture_metrics(self._capture),
         )
         address = self._link.address if self._link else None

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from unmask.errors import UserError
 from unmask.manifest import MANIFEST, Manifest, ShardEntry, shard_path
-from unmask.trajectories import inspect_shard, read_trajectories, sample_id, write_shard
+from unmask.trajectories import inspect_shard, read_tables, read_trajectories, sample_id, write_shard
 from unmask.types import ServedRequest, TargetRecord, Trajectory
 
 logger = logging.getLogger(__name__)
@@ -186,11 +186,11 @@ class Capture:
 
 def _claim(root: Path) -> tuple[Path, IO[str]]:
     """The first folder that no living writer holds, and the lock that holds it now."""
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _make_private(root)
     number = 0
     while True:
         directory = root / f"writer-{number}"
-        directory.mkdir(exist_ok=True)
+        _make_private(directory)
         lock = (directory / _LOCK).open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -200,15 +200,28 @@ def _claim(root: Path) -> tuple[Path, IO[str]]:
             number += 1
 
 
-def read_captured(root: Path) -> Iterator[Trajectory]:
-    """What writers have finished, oldest first. Raises UserError for a damaged shard."""
+def read_captured(root: Path, *, without: frozenset[Path] = frozenset()) -> Iterator[Trajectory]:
+    """What writers have finished, each writer's oldest first.
+
+    Args:
+        without: shards to leave out, as `captured` named them.
+
+    Raises:
+        UserError: a damaged shard.
+    """
     for folder in _folders(root):
-        yield from read_trajectories(folder)
+        yield from read_trajectories(folder, without=without)
 
 
 def captured(root: Path) -> set[Path]:
     """All shards that writers have finished."""
     return {shard for folder in _folders(root) for shard in _shards(folder)}
+
+
+def is_captured(run_dir: Path) -> bool:
+    """Whether the trajectories of a run are requests that `collect` put there. Raises UserError, see `read_tables`."""
+    configs = (table["decode_config"][0].as_py() for table in read_tables(run_dir, ["decode_config"]) if table.num_rows)
+    return next(configs, None) == _SERVED
 
 
 def collect(root: Path, run_dir: Path, *, without: frozenset[Path] = frozenset()) -> int:
@@ -219,11 +232,12 @@ def collect(root: Path, run_dir: Path, *, without: frozenset[Path] = frozenset()
         without: shards to leave out, as `captured` named them.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or other users could read them in `run_dir`.
     """
     directory, manifest = run_dir / "trajectories", Manifest()
     shutil.rmtree(directory, ignore_errors=True)
-    (directory / "shards").mkdir(parents=True)
+    _make_private(directory)
+    (directory / "shards").mkdir()
     for folder in _folders(root):
         for source, entry in _shards(folder).items():
             # A running service may have dropped it by now.
@@ -236,6 +250,18 @@ def collect(root: Path, run_dir: Path, *, without: frozenset[Path] = frozenset()
         raise UserError(f"nothing new was captured in '{root}'; ask the service for something first")
     manifest.save(directory)
     return sum(entry.rows for entry in manifest.entries.values())
+
+
+def _make_private(directory: Path) -> None:
+    """Keep a folder, made if it is missing, from other users. Raises UserError where that cannot be done."""
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        directory.chmod(0o700)
+    except OSError as error:
+        raise UserError(f"'{directory}' cannot be kept from other users: {error}") from None
+    # Some file systems take a mode and forget it.
+    if directory.stat().st_mode & 0o077:
+        raise UserError(f"'{directory}' cannot be kept from other users: its file system knows no modes")
 
 
 def _folders(root: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from unmask.errors import CheckpointError, PairingError
 from unmask.files import atomic_directory
 from unmask.models.dflash import DFlashConfig, DFlashDraft
 from unmask.objectives.confidence import ConfidenceHead
-from unmask.speculators_format import from_speculators, is_speculators, to_speculators
+from unmask.speculators_format import from_speculators, is_speculators, own_tensors, to_speculators
 from unmask.tensor_files import save_tensors
 from unmask.types import TargetRecord
 
@@ -29,6 +29,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIDENCE = "confidence/head.safetensors"
 RECORD = "unmask_target"
+_TEMPERATURE = "trained_at_temperature"
+"""Key of the head's file: see `ConfidenceHead`."""
 TRAINED_ON = "trained_layer_ids"
 """Key of the record that repeats the layer ids: a draft read with others would be served the wrong features."""
 
@@ -61,8 +63,13 @@ def config_to_json(config: DFlashConfig, target: TargetRecord | None) -> dict[st
     return tree
 
 
-def config_from_json(tree: dict[str, Any]) -> tuple[DFlashConfig, TargetRecord | None]:
+def config_from_json(
+    tree: dict[str, Any], target: TargetRecord | None = None
+) -> tuple[DFlashConfig, TargetRecord | None]:
     """Read a draft's `config.json`, z-lab's or speculators'.
+
+    Args:
+        target: whose number of layers counts where the file does not say it; speculators' own never do.
 
     Raises:
         CheckpointError: a missing or unsupported key (named).
@@ -86,10 +93,13 @@ def config_from_json(tree: dict[str, Any]) -> tuple[DFlashConfig, TargetRecord |
         "mask_token_id": dflash.get("mask_token_id"),
         "target_layer_ids": tuple(dflash.get("target_layer_ids") or ()),
     }
+    if merged.get("num_target_layers") is None and target is not None:
+        merged["num_target_layers"] = target.num_layers
     names = {f.name for f in dataclasses.fields(DFlashConfig)}
     missing = sorted(n for n in names - {"rms_norm_eps"} if merged.get(n) is None)
     if missing:
-        raise CheckpointError("missing from the draft's config.json", field=missing[0])
+        known = "; publish it for its target with publish.adopt=true" if missing == ["num_target_layers"] else ""
+        raise CheckpointError(f"missing from the draft's config.json{known}", field=missing[0])
     config = DFlashConfig(**{n: merged[n] for n in names if n in merged})
     record = dict(tree.get(RECORD) or {})
     trained_on = tuple(record.pop(TRAINED_ON, config.target_layer_ids))
@@ -110,6 +120,7 @@ def save_draft(
     dtype: torch.dtype = torch.bfloat16,
     texts: Mapping[str, str] | None = None,
     form: Literal["zlab", "speculators"] = "zlab",
+    verifier: str | None = None,
     confidence: ConfidenceHead | None = None,
 ) -> None:
     """Write a draft directory atomically; an existing one is replaced.
@@ -118,11 +129,12 @@ def save_draft(
         target: the record of the target that it was trained for.
         texts: more text files by name, such as the model card.
         form: whose layout `config.json` has; the weights are the same.
+        verifier: directory or hub id of the target, for speculators' layout.
         confidence: its confidence head, kept in a folder of its own, where no loader of drafts looks for weights.
     """
     config = config_to_json(draft.config, target)
     if form == "speculators":
-        config = to_speculators(config, record_key=RECORD)
+        config = to_speculators(config, record_key=RECORD, verifier=verifier)
     with atomic_directory(path) as partial:
         weights = {name: t.detach().to("cpu", dtype).contiguous() for name, t in draft.state_dict().items()}
         save_tensors(weights, partial / WEIGHTS, metadata={"format": "pt"})
@@ -130,17 +142,31 @@ def save_draft(
         if confidence is not None:
             (partial / CONFIDENCE).parent.mkdir()
             head = {name: t.detach().float().cpu().contiguous() for name, t in confidence.state_dict().items()}
-            save_tensors(head, partial / CONFIDENCE)
+            known = confidence.temperature is not None
+            save_tensors(head, partial / CONFIDENCE, {_TEMPERATURE: repr(confidence.temperature)} if known else None)
         for name, text in (texts or {}).items():
             (partial / name).write_text(text)
 
 
-def load_draft(path: str | Path, dtype: torch.dtype = torch.float32) -> DFlashDraft:
-    """Load a draft directory, ours or z-lab's. Raises CheckpointError for anything but a sound one."""
+def load_draft(
+    path: str | Path, dtype: torch.dtype = torch.float32, *, target: TargetRecord | None = None
+) -> DFlashDraft:
+    """Load a draft directory: ours, z-lab's or speculators'.
+
+    Args:
+        target: see `config_from_json`.
+
+    Raises:
+        CheckpointError: anything but a sound draft.
+        PairingError: layer ids other than those trained on.
+    """
     path = Path(path)
-    config, _ = read_config(path)
+    tree = _read_tree(path)
+    config, _ = config_from_json(tree, target)
     draft = DFlashDraft(config)
     weights = _read_weights(path)
+    if is_speculators(tree):
+        weights = own_tensors(weights, config.vocab_size)
     expected = draft.state_dict()
     for name, tensor in expected.items():
         if name not in weights:
@@ -162,29 +188,43 @@ def load_confidence(path: str | Path) -> ConfidenceHead | None:
     if not file.is_file():
         return None
     try:
-        tensors = load_file(file)
-        head = ConfidenceHead(len(tensors["weight"]), len(tensors["bias"]))
+        with safe_open(file, framework="pt") as content:
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - it is no mapping
+            temperature = (content.metadata() or {}).get(_TEMPERATURE)
+        head = ConfidenceHead(
+            len(tensors["weight"]), len(tensors["bias"]), None if temperature is None else float(temperature)
+        )
         head.load_state_dict(tensors)
-    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
-        # Cut short, or other tensors than a head's.
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        # Cut short, or other things than a head's.
         raise CheckpointError(f"'{file}' is damaged: {error}") from None
     return head.eval().requires_grad_(False)
 
 
-def read_config(path: str | Path) -> tuple[DFlashConfig, TargetRecord | None]:
-    """The sizes and the target record of a draft directory, without its weights."""
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"no draft at '{path}': config.json is missing")
-    try:
-        return config_from_json(json.loads(file.read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"'{file}' is not valid JSON: {error}") from None
+def read_config(path: str | Path, target: TargetRecord | None = None) -> tuple[DFlashConfig, TargetRecord | None]:
+    """The sizes and the target record of a draft directory, without its weights.
+
+    Args:
+        target: see `config_from_json`.
+
+    Raises:
+        CheckpointError: no draft, or a `config.json` that is damaged or says too little.
+        PairingError: layer ids other than those trained on.
+    """
+    return config_from_json(_read_tree(Path(path)), target)
 
 
-def check_pairing(draft_path: str | Path, target: TargetRecord) -> DFlashConfig:
-    """Refuse a draft whose records do not fit the target. Raises PairingError naming the first field that differs."""
-    config, record = read_config(draft_path)
+def check_pairing(draft_path: str | Path, target: TargetRecord, *, adopt: bool = False) -> DFlashConfig:
+    """Refuse a draft whose records do not fit the target.
+
+    Args:
+        adopt: take a draft without a record to be for this target, if its sizes are.
+
+    Raises:
+        CheckpointError: see `read_config`.
+        PairingError: the first field that differs.
+    """
+    config, record = read_config(draft_path, target)
     for name, of_draft, of_target in (
         ("hidden_size", config.hidden_size, target.hidden_size),
         ("vocab_size", config.vocab_size, target.vocab_size),
@@ -192,6 +232,8 @@ def check_pairing(draft_path: str | Path, target: TargetRecord) -> DFlashConfig:
     ):
         if of_draft != of_target:
             raise PairingError(f"the draft was made for {of_draft}, the target has {of_target}", field=name)
+    if record is None and adopt:
+        return config
     if record is None:
         raise PairingError(
             f"'{draft_path}' does not say which target it is for; publish it with publish.adopt=true",
@@ -205,6 +247,16 @@ def check_pairing(draft_path: str | Path, target: TargetRecord) -> DFlashConfig:
                 field=field.name,
             )
     return config
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"no draft at '{path}': config.json is missing")
+    try:
+        return json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"'{file}' is not valid JSON: {error}") from None
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

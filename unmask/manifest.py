@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -12,7 +14,10 @@ from unmask.errors import UserError
 from unmask.files import atomic_path
 
 MANIFEST = "manifest.json"
+RUN_ID = "run_id"
+"""File with the id of the run whose shards are in a folder; it is another one each time a run is started over."""
 _VERSION = 1
+_STRAGGLERS_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +98,37 @@ def shard_sizes(directory: Path) -> dict[int, int]:
         int(path.stem.removeprefix("shard-")): path.stat().st_size
         for path in (directory / "shards").glob("shard-*.parquet")
     }
+
+
+def read_run_id(directory: Path) -> str:
+    """The id of the run in a folder; empty if nobody gave it one, as with captured shards."""
+    try:
+        return (directory / RUN_ID).read_text().strip()
+    except FileNotFoundError:
+        return ""
+
+
+def delete_run(directory: Path) -> None:
+    """Empty a run's folder, though actors that have outlived their driver still write there.
+
+    The manifest and the id go first: what a kill leaves of the rest belongs to no run, and a shard that is being
+    written meanwhile is given up by its writer, or is there to be deleted (see `trajectories.write_shard`).
+
+    Raises:
+        OSError: something in it cannot be deleted.
+    """
+    for name in (MANIFEST, RUN_ID):
+        (directory / name).unlink(missing_ok=True)
+    deadline = time.monotonic() + _STRAGGLERS_S
+    while directory.is_dir() and (left := list(directory.iterdir())):
+        try:
+            for path in left:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except OSError as error:
+            # Of a folder that was read a file has gone, or another has come.
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 class ManifestSaver:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -28,7 +29,7 @@ n-gram column fills the same number of drafts from the prompt, else from n-grams
 ## Use
 
     unmask serve recipe.yaml serve.draft=DIRECTORY
-    vllm serve {base} --speculative-config '{{"method": "dflash", "model": "DIRECTORY", "num_speculative_tokens": {k}}}'
+    {vllm}
 
 ## Target
 
@@ -68,12 +69,18 @@ def model_card(
     config: DFlashConfig,
     target: TargetRecord,
     sets: Mapping[str, Mapping[str, Any]],
+    *,
+    form: Literal["zlab", "speculators"] = "zlab",
 ) -> str:
     """Markdown with the front matter that hubs read.
 
     Args:
         sets: summaries of an evaluation by name of the prompt set; empty if the draft was not evaluated.
+        form: layout of the draft's `config.json`; speculators' names the target.
     """
+    k = config.block_size - 1
+    options = json.dumps({"method": "dflash", "model": "DIRECTORY", "num_speculative_tokens": k})
+    of_target = f"vllm serve {base} --speculative-config '{options}'"
     front = {
         "base_model": base,
         "license": license_name,
@@ -86,7 +93,8 @@ def model_card(
         base=base,
         layers=config.num_hidden_layers,
         block_size=config.block_size,
-        k=config.block_size - 1,
+        k=k,
+        vllm=of_target if form == "zlab" else "vllm serve DIRECTORY",
         table=_table(sets),
         record="\n".join(f"    {field}: {getattr(target, field)}" for field in target.__slots__),
     )

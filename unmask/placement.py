@@ -139,6 +139,12 @@ def serve_demands(serve: ServeConfig, *, has_draft: bool) -> list[Demand]:
     return [*targets, *([diffusion] if serve.diffusion is not None else []), ingress]
 
 
+def plan_line(demand: Demand) -> str:
+    """What a plan says of a demand, in one line: how many processes, what each takes, and where."""
+    count = str(demand.most) if demand.least == demand.most else f"{demand.least} to {demand.most}"
+    return f"# {demand.name}: {count} x ({demand})"
+
+
 def shortage(demands: Sequence[Demand], nodes: Sequence[NodeType], *, max_nodes: float = math.inf) -> str | None:
     """Why demands cannot be met together, in one line; None if they can be.
 

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from unmask.config import Recipe
 from unmask.errors import ConfigError, UserError, nearest
+from unmask.strict_yaml import parse_yaml
 
 T = typing.TypeVar("T")
 
@@ -30,9 +31,12 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     if not path.is_file():
         raise ConfigError(f"no recipe at '{path}'; give the path of a YAML file such as recipes/demo.yaml")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"'{path}' is not valid YAML: {error}") from None
+        documents = parse_yaml(path.read_text(), field=str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"is not valid YAML: {error}", field=str(path)) from None
+    if len(documents) > 1:
+        raise ConfigError("holds several YAML documents; a recipe is one", field=str(path))
+    tree = documents[0] if documents else {}
     if not isinstance(tree, dict):
         raise ConfigError(f"'{path}' must hold a mapping of sections, not {type(tree).__name__}")
     for override in overrides or []:

@@ -6,12 +6,18 @@ a state before a block (transformers' `hidden_states` index), z-lab's `target_la
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from unmask.errors import CheckpointError
 
 _OUTSIDE = frozenset({"architectures", "block_size", "num_target_layers", "dflash_config"})
 """Keys of z-lab's file that do not describe the draft's own layers."""
+_TARGETS = frozenset({"embed_tokens.weight", "lm_head.weight", "d2t", "t2d"})
+"""Tensors that the target has, or that nobody needs where vocabularies are equal."""
+_OWN_VOCABULARY = "drafts with a vocabulary of their own are not supported"
 
 
 def is_speculators(tree: dict[str, Any]) -> bool:
@@ -24,7 +30,7 @@ def to_speculators(zlab: dict[str, Any], *, record_key: str, verifier: str | Non
 
     Args:
         record_key: our record of the target; it is kept at the top.
-        verifier: directory or hub id of the target.
+        verifier: directory or hub id of the target, from which `vllm serve` takes it.
     """
     dflash, record = zlab["dflash_config"], zlab.get(record_key)
     layers = {key: value for key, value in zlab.items() if key not in _OUTSIDE | {record_key}}
@@ -37,7 +43,8 @@ def to_speculators(zlab: dict[str, Any], *, record_key: str, verifier: str | Non
         "aux_hidden_state_layer_ids": [i + 1 for i in dflash["target_layer_ids"]],
         "mask_token_id": dflash["mask_token_id"],
         "sample_from_anchor": False,
-        "sliding_window_non_causal": False,
+        # vLLM makes one switch for all layers of it. Here it is without meaning: full layers are never causal.
+        "sliding_window_non_causal": True,
         "tie_word_embeddings": False,
         "torch_dtype": zlab["torch_dtype"],
         "num_target_layers": zlab["num_target_layers"],
@@ -54,28 +61,54 @@ def to_speculators(zlab: dict[str, Any], *, record_key: str, verifier: str | Non
 def from_speculators(tree: dict[str, Any], *, record_key: str) -> dict[str, Any]:
     """Rewrite a speculators `config.json` as z-lab's.
 
+    The number of the target's layers stays out where neither `num_target_layers` nor our record tells it: it is no key
+    of theirs.
+
     Raises:
-        CheckpointError: another kind of draft, a reduced vocabulary, or no layer ids.
+        CheckpointError: another kind of draft, a vocabulary or width of its own, or a missing key (named).
     """
     if tree["speculators_model_type"] != "dflash":
         raise CheckpointError(f"'{tree['speculators_model_type']}' is no DFlash draft", field="speculators_model_type")
-    layers = tree["transformer_layer_config"]
-    if tree.get("draft_vocab_size", layers["vocab_size"]) != layers["vocab_size"]:
-        raise CheckpointError("drafts with a vocabulary of their own are not supported", field="draft_vocab_size")
-    ids = tree.get("aux_hidden_state_layer_ids")
-    if not ids:
-        raise CheckpointError("missing from the draft's config.json", field="aux_hidden_state_layer_ids")
+    layers, ids, block_size, mask = (
+        _required(tree, key)
+        for key in ("transformer_layer_config", "aux_hidden_state_layer_ids", "block_size", "mask_token_id")
+    )
+    vocab_size, hidden_size = _required(layers, "vocab_size"), _required(layers, "hidden_size")
+    if (tree.get("draft_vocab_size") or vocab_size) != vocab_size:
+        raise CheckpointError(_OWN_VOCABULARY, field="draft_vocab_size")
+    if (tree.get("target_hidden_size") or hidden_size) != hidden_size:
+        raise CheckpointError("drafts of another width than the target's are not supported", field="target_hidden_size")
     record = tree.get(record_key)
     zlab = {
         "architectures": ["DFlashDraftModel"],
         **layers,
-        "block_size": tree["block_size"],
+        "block_size": block_size,
         "num_target_layers": tree.get("num_target_layers", (record or {}).get("num_layers")),
         "sample_from_anchor": tree.get("sample_from_anchor", False),
         "dflash_config": {
-            "mask_token_id": tree["mask_token_id"],
+            "mask_token_id": mask,
             "target_layer_ids": [i - 1 for i in ids],
-            "block_size": tree["block_size"],
+            "block_size": block_size,
         },
     }
     return zlab | ({record_key: record} if record is not None else {})
+
+
+def own_tensors(weights: Mapping[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
+    """The draft's own tensors: a file may also hold the target's tables, and maps between equal vocabularies.
+
+    Raises:
+        CheckpointError: a head or map of another vocabulary than the target's (named).
+    """
+    for name in ("lm_head.weight", "d2t", "t2d"):
+        # `d2t` holds what is added to an id of the draft's to make it the target's.
+        if name in weights and (len(weights[name]) != vocab_size or (name == "d2t" and weights[name].any())):
+            raise CheckpointError(_OWN_VOCABULARY, field=name)
+    return {name: t for name, t in weights.items() if name not in _TARGETS and not name.startswith("verifier_")}
+
+
+def _required(tree: dict[str, Any], key: str) -> Any:
+    value = tree.get(key)
+    if value is None or value == []:
+        raise CheckpointError("missing from the draft's config.json", field=key)
+    return value

@@ -18,12 +18,13 @@ import pyarrow.parquet as pq
 
 from unmask.errors import UserError
 from unmask.files import atomic_path, sha256_file
-from unmask.manifest import MANIFEST, Manifest, ShardEntry, shard_path
+from unmask.manifest import MANIFEST, Manifest, ShardEntry, read_run_id, shard_path
 from unmask.types import Trajectory
 
 SCHEMA_VERSION = "1"
 _VERSION_KEY = b"unmask.trajectories"
 _SHARD_KEY = b"unmask.shard"
+_RUN_KEY = b"unmask.run"
 
 SCHEMA = pa.schema(
     [
@@ -58,30 +59,34 @@ def sample_id(prompt_ids: Sequence[int], teacher_revision: str, decode_config: s
 
 
 def write_shard(
-    directory: Path, shard: int, rows: Sequence[Trajectory], quarantined: Sequence[Trajectory]
+    directory: Path, shard: int, rows: Sequence[Trajectory], quarantined: Sequence[Trajectory], run_id: str = ""
 ) -> ShardEntry:
     """Write one shard and its quarantined rows atomically; the shard's own file, written last, commits both.
 
-    A shard that is there already stays: an actor outlives its killed driver for a while, and must not change
-    what the next driver has recorded.
+    A shard of this run that is there already stays: an actor outlives its killed driver for a while, and must not
+    change what the next driver has recorded.
 
     Args:
         directory: the run's `trajectories` folder.
+        run_id: whose shard it is; empty in a folder without an id.
+
+    Raises:
+        UserError: the folder belongs to another run by now.
     """
-    if entry := inspect_shard(directory, shard):
+    if entry := inspect_shard(directory, shard, run_id):
         return entry
+    path, beside = shard_path(directory, shard), shard_path(directory, shard, quarantine=True)
     if quarantined:
-        _write(shard_path(directory, shard, quarantine=True), quarantined, {})
-    else:
-        shard_path(directory, shard, quarantine=True).unlink(missing_ok=True)
-    path = shard_path(directory, shard)
+        _write(directory, beside, quarantined, {_RUN_KEY: run_id})
     counts = {"rows": len(rows), "quarantined": len(quarantined), "tokens": sum(len(r.response_ids) for r in rows)}
-    _write(path, rows, {_SHARD_KEY: json.dumps(counts)})
+    _write(directory, path, rows, {_SHARD_KEY: json.dumps(counts), _RUN_KEY: run_id})
+    if not quarantined:
+        beside.unlink(missing_ok=True)
     return ShardEntry(**counts, size=path.stat().st_size, sha256=sha256_file(path))
 
 
-def inspect_shard(directory: Path, shard: int) -> ShardEntry | None:
-    """The entry of a shard file that is whole and readable, to adopt it into a manifest; None if there is none."""
+def inspect_shard(directory: Path, shard: int, run_id: str = "") -> ShardEntry | None:
+    """The entry of this run's file of a shard, whole and readable, to adopt it into a manifest; None without one."""
     path = shard_path(directory, shard)
     try:
         table = pq.read_table(path)
@@ -91,15 +96,20 @@ def inspect_shard(directory: Path, shard: int) -> ShardEntry | None:
     metadata = table.schema.metadata or {}
     if metadata.get(_VERSION_KEY) != SCHEMA_VERSION.encode() or _SHARD_KEY not in metadata:
         return None
+    if metadata.get(_RUN_KEY, b"").decode() != run_id:
+        return None
     return ShardEntry(**json.loads(metadata[_SHARD_KEY]), size=path.stat().st_size, sha256=sha256_file(path))
 
 
-def read_tables(run_dir: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+def read_tables(
+    run_dir: Path, columns: Sequence[str] | None = None, *, without: frozenset[Path] = frozenset()
+) -> Iterator[pa.Table]:
     """Finished shards of a run in order, one table each, checksums verified.
 
     Args:
         run_dir: the run, or its `trajectories` folder.
         columns: only these columns; None reads all.
+        without: shards to leave out, by the paths of their files.
 
     Raises:
         UserError: no trajectories there, of another schema version, or a damaged shard (named).
@@ -107,6 +117,8 @@ def read_tables(run_dir: Path, columns: Sequence[str] | None = None) -> Iterator
     directory = trajectories_directory(run_dir)
     for shard, entry in sorted(Manifest.load(directory).entries.items()):
         path = shard_path(directory, shard)
+        if path in without:
+            continue
         if not path.is_file() or sha256_file(path) != entry.sha256:
             raise UserError(
                 f"shard '{path}' is missing or damaged; delete it and run `python -m pipelines.generate` again, "
@@ -116,9 +128,9 @@ def read_tables(run_dir: Path, columns: Sequence[str] | None = None) -> Iterator
         yield _read(path, columns)
 
 
-def read_trajectories(run_dir: Path) -> Iterator[Trajectory]:
-    """Trajectories of a run in order, streamed shard by shard. Raises UserError, see `read_tables`."""
-    for table in read_tables(run_dir):
+def read_trajectories(run_dir: Path, *, without: frozenset[Path] = frozenset()) -> Iterator[Trajectory]:
+    """Trajectories of a run in order, streamed shard by shard. For the arguments and errors see `read_tables`."""
+    for table in read_tables(run_dir, without=without):
         yield from _trajectories(table)
 
 
@@ -141,13 +153,17 @@ def trajectories_directory(run_dir: Path) -> Path:
     )
 
 
-def _write(path: Path, rows: Sequence[Trajectory], metadata: dict[bytes, str]) -> None:
+def _write(directory: Path, path: Path, rows: Sequence[Trajectory], metadata: dict[bytes, str]) -> None:
     columns = {field.name: [getattr(row, field.name) for row in rows] for field in SCHEMA}
     columns["meta"] = [json.dumps(row.meta, default=str) for row in rows]
     schema = SCHEMA.with_metadata(SCHEMA.metadata | metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         pq.write_table(pa.Table.from_pydict(columns, schema=schema), temporary, compression="zstd")
+        # After the file is there: who starts over takes the id away before looking for files to delete, so that this
+        # one is found then, or given up here.
+        if read_run_id(directory) != metadata[_RUN_KEY]:
+            raise UserError(f"'{directory}' was started over by another run, and this one ends", field="run_dir")
 
 
 def _read(path: Path, columns: Sequence[str] | None) -> pa.Table:

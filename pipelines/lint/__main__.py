@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +16,14 @@ from typing import Any
 
 import yaml
 
-from pipelines.cli import DONE, USER_ERROR
-from pipelines.lint.document import Cluster, Document, require_mapping
+from actors.exit_codes import DONE, USER_ERROR
+from pipelines.lint.commands import asked_by
+from pipelines.lint.document import Cluster, Command, Document, require_mapping
 from unmask.config import Recipe
 from unmask.errors import ConfigError, UserError
 from unmask.placement import Demand, shortage, stage_demands
 from unmask.recipe import load_recipe, parse_recipe
+from unmask.strict_yaml import parse_yaml
 
 IMAGE_ROOT = "/opt/unmask"
 """Where `deploy/Dockerfile` puts the recipes."""
@@ -55,23 +56,25 @@ def check(path: Path, asked: dict[str, list[Demand]]) -> str:
     """
     documents = read(path)
     for document in documents:
+        demands = dict(document.demands)
+        for command in document.commands:
+            demands |= _demands_of(command, path)
         if document.cluster is None:
             continue
-        demands = document.demands if document.cluster.dedicated else asked | document.demands
-        for command in document.recipes:
-            demands |= _demands_of(command, path)
-        _check_room(document.cluster, demands)
+        if not document.cluster.dedicated:
+            demands = asked | demands
+            if not demands:
+                raise ConfigError(
+                    "names no recipe, so that no room was checked: list what runs there in metadata.recipes, as "
+                    "Ray's launcher allows, or give recipes beside the file"
+                )
+        _check_room(document.cluster, demands, document.beside)
     return ", ".join(dict.fromkeys(document.kind for document in documents))
 
 
 def read(path: Path) -> list[Document]:
     """The documents of a file, each valid in itself. Raises UserError."""
-    if not path.is_file():
-        raise ConfigError("there is no such file")
-    try:
-        trees = [tree for tree in yaml.safe_load_all(path.read_text()) if tree is not None]
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"is not valid YAML: {error}") from None
+    trees = _trees(path)
     if not trees:
         raise ConfigError("is empty")
     try:
@@ -80,7 +83,16 @@ def read(path: Path) -> list[Document]:
         if isinstance(error, UserError):
             raise
         # A shape that no check foresaw: the file is at fault all the same.
-        raise ConfigError(f"cannot be read: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"cannot be read: {[*str(error).splitlines(), type(error).__name__][0]}") from None
+
+
+def _trees(path: Path) -> list[Any]:
+    if not path.is_file():
+        raise ConfigError("there is no such file")
+    try:
+        return parse_yaml(path.read_text())
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"is not valid YAML: {error}") from None
 
 
 def _read(tree: dict[str, Any]) -> Document:
@@ -112,17 +124,18 @@ def _recipes_among(files: Sequence[Path]) -> dict[str, list[Demand]]:
     return asked
 
 
-def _demands_of(command: str, beside: Path) -> dict[str, list[Demand]]:
+def _demands_of(command: Command, beside: Path) -> dict[str, list[Demand]]:
     """What a recipe asks for with the overrides that stand behind it."""
-    name, *overrides = shlex.split(command)
-    path = _find(name, beside)
+    path = _find(command.recipe, beside)
     try:
-        if overrides:
-            asked = stage_demands(load_recipe(path, overrides))
-            return {f"{name}, {stage}": demands for stage, demands in asked.items()}
-        return {f"{name}, {stage}": demands for document in read(path) for stage, demands in document.demands.items()}
+        if command.overrides or command.stage:
+            _trees(path)
+            found = [asked_by(load_recipe(path, list(command.overrides)), command.stage)]
+        else:
+            found = [document.demands for document in read(path)]
     except UserError as error:
-        raise ConfigError(f"{name}: {error}") from None
+        raise ConfigError(f"{command.recipe}: {error}") from None
+    return {f"{command.recipe}, {stage}": demands for asked in found for stage, demands in asked.items()}
 
 
 def _find(name: str, beside: Path) -> Path:
@@ -134,9 +147,10 @@ def _find(name: str, beside: Path) -> Path:
     raise ConfigError(f"names the recipe '{name}', which is nowhere above it")
 
 
-def _check_room(cluster: Cluster, demands: dict[str, list[Demand]]) -> None:
-    for stage, together in demands.items():
-        if problem := shortage(together, cluster.nodes, max_nodes=cluster.max_nodes):
+def _check_room(cluster: Cluster, demands: dict[str, list[Demand]], beside: Sequence[Demand]) -> None:
+    # A command may need no more than its driver.
+    for stage, together in (demands or {"entrypoint": []}).items():
+        if problem := shortage([*together, *beside], cluster.nodes, max_nodes=cluster.max_nodes):
             raise ConfigError(f"{stage}: {problem}")
 
 

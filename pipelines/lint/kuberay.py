@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import shlex
+import json
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from pipelines.lint.commands import commands_of
 from pipelines.lint.document import Cluster, Document, config_error, require_mapping
-from pipelines.lint.kubernetes import (
-    DisruptionBudget,
-    Labels,
-    Metadata,
-    NetworkPolicy,
-    PodTemplate,
-    Quantity,
-    Resources,
-    Shape,
-    amount,
-)
+from pipelines.lint.kubernetes import Count, DisruptionBudget, Labels, Metadata, Name, NetworkPolicy, Shape
+from pipelines.lint.pods import ContainerSecurity, EnvVar, Mounts, PodTemplate, PullPolicy, Resources
+from pipelines.lint.ray_groups import HeadGroup, WorkerGroup
 from pipelines.lint.serve_file import read_serve_file
 from unmask.errors import ConfigError, nearest
-from unmask.placement import NodeType
-
-_GPU = "nvidia.com/gpu"
-
-Count = Annotated[int, Field(ge=0)]
-
-
-def _require_one_source(group: HeadGroup | WorkerGroup) -> None:
-    """KubeRay refuses resources that are given twice."""
-    twice = {"num-cpus", "num-gpus", "memory", "resources"} & group.rayStartParams.keys()
-    if group.resources and twice:
-        raise ValueError(f"gives 'resources' and rayStartParams '{min(twice)}'; KubeRay takes one of them")
+from unmask.placement import Demand, NodeType
+from unmask.strict_yaml import parse_yaml
 
 
 class AutoscalerOptions(Shape):
@@ -44,58 +25,28 @@ class AutoscalerOptions(Shape):
     upscalingMode: Literal["Default", "Aggressive", "Conservative"] = "Default"
     idleTimeoutSeconds: Count = 60
     resources: Resources | None = None
-    env: list[dict[str, Any]] = Field(default_factory=list)
+    image: str | None = None
+    imagePullPolicy: PullPolicy | None = None
+    command: list[str] = Field(default_factory=list)
+    args: list[str] = Field(default_factory=list)
+    env: list[EnvVar] = Field(default_factory=list)
+    envFrom: list[dict[str, Any]] = Field(default_factory=list)
+    volumeMounts: Mounts = Field(default_factory=list)
+    securityContext: ContainerSecurity | None = None
+
+    @model_validator(mode="after")
+    def _is_confined(self) -> AutoscalerOptions:
+        if self.securityContext is None:
+            raise ValueError("needs the securityContext of the containers: KubeRay adds the autoscaler's without one")
+        return self
 
 
 class AuthOptions(Shape):
     """AuthOptions; without the token anybody who reaches a pod runs code in it."""
 
     mode: Literal["token"]
-
-
-class HeadGroup(Shape):
-    """HeadGroupSpec."""
-
-    labels: Labels = Field(default_factory=dict)
-    resources: dict[str, Quantity] = Field(default_factory=dict)
-    rayStartParams: Labels = Field(default_factory=dict)
-    serviceType: Literal["ClusterIP"] = "ClusterIP"
-    template: PodTemplate
-
-    @model_validator(mode="after")
-    def _said_once(self) -> HeadGroup:
-        _require_one_source(self)
-        return self
-
-
-class WorkerGroup(Shape):
-    """WorkerGroupSpec."""
-
-    groupName: str
-    replicas: Count = 0
-    minReplicas: Count
-    maxReplicas: Count
-    idleTimeoutSeconds: Count | None = None
-    labels: Labels = Field(default_factory=dict)
-    resources: dict[str, Quantity] = Field(default_factory=dict)
-    rayStartParams: Labels = Field(default_factory=dict)
-    template: PodTemplate
-
-    @model_validator(mode="after")
-    def _said_once(self) -> WorkerGroup:
-        _require_one_source(self)
-        if self.template.spec.restartPolicy not in (None, "Never"):
-            raise ValueError(f"group '{self.groupName}': the autoscaler needs restartPolicy Never")
-        return self
-
-    @model_validator(mode="after")
-    def _counts_agree(self) -> WorkerGroup:
-        if not self.minReplicas <= self.replicas <= self.maxReplicas:
-            raise ValueError(
-                f"group '{self.groupName}': minReplicas = {self.minReplicas}, replicas = {self.replicas} and "
-                f"maxReplicas = {self.maxReplicas} are not in order"
-            )
-        return self
+    secretName: Name | None = None
+    enableK8sTokenAuth: bool = False
 
 
 class ClusterSpec(Shape):
@@ -108,6 +59,13 @@ class ClusterSpec(Shape):
     headGroupSpec: HeadGroup
     workerGroupSpecs: list[WorkerGroup] = Field(min_length=1)
     gcsFaultToleranceOptions: dict[str, Any] | None = None
+    headServiceAnnotations: Labels = Field(default_factory=dict)
+    historyServerOptions: dict[str, Any] | None = None
+    managedBy: str | None = None
+    networkPolicy: dict[str, Any] | None = None
+    suspend: bool = False
+    tlsOptions: dict[str, Any] | None = None
+    upgradeStrategy: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _names_differ(self) -> ClusterSpec:
@@ -116,16 +74,14 @@ class ClusterSpec(Shape):
             raise ValueError(f"two groups are named '{twice[0]}'")
         return self
 
+    @model_validator(mode="after")
+    def _autoscaler_mounts_volumes_of_the_head(self) -> ClusterSpec:
+        self.headGroupSpec.template.spec.require_volumes(self.autoscalerOptions.volumeMounts)
+        return self
+
     def nodes(self) -> list[NodeType]:
         """What head and groups offer to Ray."""
-        head = self.headGroupSpec
-        return [
-            NodeType(name="head", resources=_offered(head), labels=head.labels),
-            *(
-                NodeType(name=group.groupName, resources=_offered(group), labels=group.labels, most=group.maxReplicas)
-                for group in self.workerGroupSpecs
-            ),
-        ]
+        return [group.node() for group in (self.headGroupSpec, *self.workerGroupSpecs)]
 
 
 class RayCluster(Shape):
@@ -137,19 +93,93 @@ class RayCluster(Shape):
     spec: ClusterSpec
 
 
+class SubmitterConfig(Shape):
+    """SubmitterConfig."""
+
+    backoffLimit: Count = 2
+
+
+Deletion = Literal["DeleteCluster", "DeleteWorkers", "DeleteSelf", "DeleteNone"]
+
+
+class DeletionPolicy(Shape):
+    """DeletionPolicy."""
+
+    policy: Deletion
+
+
+class DeletionCondition(Shape):
+    """DeletionCondition."""
+
+    jobStatus: Literal["SUCCEEDED", "FAILED"] | None = None
+    jobDeploymentStatus: Literal["Failed"] | None = None
+    ttlSeconds: Count = 0
+
+
+class DeletionRule(DeletionPolicy):
+    """DeletionRule."""
+
+    condition: DeletionCondition
+
+
+class DeletionStrategy(Shape):
+    """DeletionStrategy."""
+
+    onSuccess: DeletionPolicy | None = None
+    onFailure: DeletionPolicy | None = None
+    deletionRules: list[DeletionRule] = Field(default_factory=list)
+
+
 class RayJobSpec(Shape):
     """RayJobSpec."""
 
     entrypoint: str
+    entrypointNumCpus: Annotated[float, Field(ge=0)] = 0
+    entrypointNumGpus: Annotated[float, Field(ge=0)] = 0
+    entrypointResources: str = "{}"
     runtimeEnvYAML: str | None = None
+    jobId: str | None = None
+    metadata: Labels = Field(default_factory=dict)
     submissionMode: Literal["K8sJobMode", "HTTPMode", "SidecarMode"] = "K8sJobMode"
     submitterPodTemplate: PodTemplate | None = None
+    submitterConfig: SubmitterConfig | None = None
     shutdownAfterJobFinishes: bool = False
     ttlSecondsAfterFinished: Count = 0
+    deletionStrategy: DeletionStrategy | None = None
     activeDeadlineSeconds: Annotated[int, Field(gt=0)] | None = None
+    preRunningDeadlineSeconds: Count | None = None
     backoffLimit: Count = 0
-    entrypointNumCpus: float = 0
-    rayClusterSpec: ClusterSpec
+    managedBy: str | None = None
+    suspend: bool = False
+    clusterSelector: Labels | None = None
+    rayClusterSpec: ClusterSpec | None = None
+
+    @model_validator(mode="after")
+    def _has_one_cluster(self) -> RayJobSpec:
+        if (self.rayClusterSpec is None) == (self.clusterSelector is None):
+            raise ValueError("needs either rayClusterSpec or clusterSelector")
+        return self
+
+    @model_validator(mode="after")
+    def _submitter_ends(self) -> RayJobSpec:
+        if self.submitterPodTemplate and self.submitterPodTemplate.spec.restartPolicy not in ("Never", "OnFailure"):
+            raise ValueError(
+                "submitterPodTemplate.spec.restartPolicy must be Never or OnFailure: pods of a Kubernetes Job may not "
+                "restart for ever"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _is_deleted_in_one_way(self) -> RayJobSpec:
+        if self.shutdownAfterJobFinishes and self.deletionStrategy and self.deletionStrategy.deletionRules:
+            raise ValueError("KubeRay takes either deletionRules or shutdownAfterJobFinishes")
+        return self
+
+    def driver(self) -> Demand:
+        """What the job's driver reserves, beside all that it starts."""
+        resources = json.loads(self.entrypointResources)
+        resources |= {"CPU": self.entrypointNumCpus, "GPU": self.entrypointNumGpus}
+        return Demand(name="entrypoint", resources={name: taken for name, taken in resources.items() if taken})
 
 
 class RayJob(Shape):
@@ -165,7 +195,9 @@ class RayServiceSpec(Shape):
     """RayServiceSpec."""
 
     serveConfigV2: str
+    serveService: dict[str, Any] | None = None
     excludeHeadPodFromServeSvc: bool = False
+    rayClusterDeletionDelaySeconds: Count | None = None
     upgradeStrategy: dict[str, Any] | None = None
     rayClusterConfig: ClusterSpec
 
@@ -205,29 +237,41 @@ def read_kubernetes(tree: dict[str, Any]) -> Document:
         case RayCluster():
             return Document(kind=kind, cluster=Cluster(nodes=checked.spec.nodes()))
         case RayJob():
-            cluster = Cluster(nodes=checked.spec.rayClusterSpec.nodes(), dedicated=True)
-            return Document(kind=kind, cluster=cluster, recipes=[_command(checked.spec.entrypoint)])
+            return _read_job(checked.spec)
         case RayService():
-            served = read_serve_file(require_mapping(yaml.safe_load(checked.spec.serveConfigV2), "spec.serveConfigV2"))
+            served = read_serve_file(_mapping_in(checked.spec.serveConfigV2, "spec.serveConfigV2"))
             cluster = Cluster(nodes=checked.spec.rayClusterConfig.nodes(), dedicated=True)
             return Document(kind=kind, cluster=cluster, demands=served.demands)
     return Document(kind=kind)
 
 
-def _command(entrypoint: str) -> str:
-    """The recipe that a job's command runs, and its overrides behind it."""
-    words = shlex.split(entrypoint)
-    recipes = [word for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
-    if not recipes:
-        raise ConfigError("names no recipe", field="spec.entrypoint")
-    return shlex.join([recipes[0], *(word for word in words[words.index(recipes[0]) + 1 :] if "=" in word)])
+def _read_job(job: RayJobSpec) -> Document:
+    _check_runtime_env(job.runtimeEnvYAML)
+    nodes = job.rayClusterSpec.nodes() if job.rayClusterSpec else None
+    return Document(
+        kind="RayJob",
+        cluster=Cluster(nodes=nodes, dedicated=True) if nodes else None,
+        commands=commands_of(job.entrypoint),
+        beside=[job.driver()],
+    )
 
 
-def _offered(group: HeadGroup | WorkerGroup) -> dict[str, float]:
-    """Resources as KubeRay tells them to Ray: the group's list, its start parameters, or its container's limits."""
-    limits = group.template.spec.containers[0].resources.limits
-    offered = {"CPU": float(math.ceil(amount(limits.get("cpu", "0")))), "GPU": amount(limits.get(_GPU, "0"))}
-    for parameter, name in (("num-cpus", "CPU"), ("num-gpus", "GPU")):
-        if parameter in group.rayStartParams:
-            offered[name] = float(group.rayStartParams[parameter])
-    return offered | {name: amount(value) for name, value in group.resources.items()}
+def _check_runtime_env(text: str | None) -> None:
+    """Ray only warns of a field that it does not know."""
+    if text is None:
+        return
+    from ray.runtime_env import RuntimeEnv
+
+    where = "spec.runtimeEnvYAML"
+    tree = _mapping_in(text, where)
+    known = {name for name in RuntimeEnv.known_fields if not name.startswith("_")}
+    for name in tree:
+        if name not in known:
+            raise ConfigError(f"unknown key{nearest(str(name), known)}", field=f"{where}.{name}")
+
+
+def _mapping_in(text: str, field: str) -> dict[str, Any]:
+    trees = parse_yaml(text, field)
+    if len(trees) != 1:
+        raise ConfigError("must hold one YAML document", field=field)
+    return require_mapping(trees[0], field)

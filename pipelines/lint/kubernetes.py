@@ -1,16 +1,25 @@
-"""The shapes of the Kubernetes objects in `deploy/kuberay`: the fields that we use, and no others.
+"""Shapes that Kubernetes objects share, and the policies and budgets in `deploy/kuberay`.
 
 Field names are Kubernetes' own. An unknown field is refused: the API server drops it, and what it was to do with it.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
-Quantity = Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?(m|[kMGTPE]|[KMGTPE]i)?$")]
+from pipelines.lint.document import is_everywhere
+
+_QUANTITY = r"^\d+(\.\d+)?([num]|[kMGTPE]|[KMGTPE]i|[eE]\d+)?$"
+
+Quantity = Annotated[str, StringConstraints(pattern=_QUANTITY)]
+"""Where KubeRay takes strings only."""
+QuantityOrInt = Annotated[Quantity, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+"""Where Kubernetes takes whole numbers, too."""
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
+Count = Annotated[int, Field(ge=0)]
 Labels = dict[str, str]
 
 
@@ -29,111 +38,6 @@ class Metadata(Shape):
     annotations: Labels = Field(default_factory=dict)
 
 
-class PodMetadata(Shape):
-    """ObjectMeta of a template."""
-
-    labels: Labels = Field(default_factory=dict)
-    annotations: Labels = Field(default_factory=dict)
-
-
-class Resources(Shape):
-    """ResourceRequirements."""
-
-    requests: dict[str, Quantity] = Field(default_factory=dict)
-    limits: dict[str, Quantity] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _requests_within_limits(self) -> Resources:
-        for name in self.requests.keys() & self.limits.keys():
-            if amount(self.requests[name]) > amount(self.limits[name]):
-                raise ValueError(f"requests {self.requests[name]} of {name}, more than its limit {self.limits[name]}")
-        return self
-
-
-class SeccompProfile(Shape):
-    """SeccompProfile."""
-
-    type: Literal["RuntimeDefault", "Localhost"]
-    localhostProfile: str | None = None
-
-
-class PodSecurity(Shape):
-    """PodSecurityContext; a pod of ours never runs as root."""
-
-    runAsNonRoot: Literal[True]
-    runAsUser: Annotated[int, Field(gt=0)] | None = None
-    fsGroup: int | None = None
-    seccompProfile: SeccompProfile
-
-
-class Capabilities(Shape):
-    """Capabilities; ours keep none."""
-
-    drop: list[Literal["ALL"]] = Field(min_length=1)
-
-
-class ContainerSecurity(Shape):
-    """SecurityContext of a container."""
-
-    allowPrivilegeEscalation: Literal[False]
-    readOnlyRootFilesystem: Literal[True]
-    capabilities: Capabilities
-
-
-class EnvVar(Shape):
-    """EnvVar."""
-
-    name: str
-    value: str | None = None
-    valueFrom: dict[str, Any] | None = None
-
-
-class Container(Shape):
-    """Container."""
-
-    name: Name
-    image: str
-    imagePullPolicy: Literal["Always", "IfNotPresent", "Never"] | None = None
-    command: list[str] = Field(default_factory=list)
-    args: list[str] = Field(default_factory=list)
-    env: list[EnvVar] = Field(default_factory=list)
-    resources: Resources
-    ports: list[dict[str, str | int]] = Field(default_factory=list)
-    volumeMounts: list[dict[str, str | bool]] = Field(default_factory=list)
-    securityContext: ContainerSecurity
-
-
-class PodSpec(Shape):
-    """PodSpec."""
-
-    containers: list[Container] = Field(min_length=1)
-    automountServiceAccountToken: bool
-    serviceAccountName: Name | None = None
-    securityContext: PodSecurity
-    nodeSelector: Labels = Field(default_factory=dict)
-    tolerations: list[dict[str, str | int]] = Field(default_factory=list)
-    affinity: dict[str, Any] | None = None
-    priorityClassName: str | None = None
-    restartPolicy: Literal["Always", "OnFailure", "Never"] | None = None
-    terminationGracePeriodSeconds: Annotated[int, Field(ge=0)] | None = None
-    volumes: list[dict[str, Any]] = Field(default_factory=list)
-
-    @model_validator(mode="after")
-    def _mounts_are_volumes(self) -> PodSpec:
-        names = {volume.get("name") for volume in self.volumes}
-        for mount in (mount for container in self.containers for mount in container.volumeMounts):
-            if mount.get("name") not in names:
-                raise ValueError(f"mounts '{mount.get('name')}', which is no volume of the pod")
-        return self
-
-
-class PodTemplate(Shape):
-    """PodTemplateSpec."""
-
-    metadata: PodMetadata = Field(default_factory=PodMetadata)
-    spec: PodSpec
-
-
 class Selector(Shape):
     """LabelSelector."""
 
@@ -141,19 +45,33 @@ class Selector(Shape):
     matchExpressions: list[dict[str, Any]] = Field(default_factory=list)
 
 
+class IPBlock(Shape):
+    """IPBlock."""
+
+    cidr: str
+    excluded: list[str] = Field(alias="except", default_factory=list)
+
+    @model_validator(mode="after")
+    def _is_of_somebody(self) -> IPBlock:
+        if is_everywhere(self.cidr):
+            raise ValueError(f"{self.cidr} is everybody; name the addresses that are meant")
+        return self
+
+
 class Peer(Shape):
     """NetworkPolicyPeer."""
 
     podSelector: Selector | None = None
     namespaceSelector: Selector | None = None
-    ipBlock: dict[str, str | list[str]] | None = None
+    ipBlock: IPBlock | None = None
 
     @model_validator(mode="after")
     def _names_somebody(self) -> Peer:
         if not self.model_fields_set:
             raise ValueError("an empty peer names nobody; Kubernetes refuses it")
-        if self.namespaceSelector is not None and not self.namespaceSelector.model_fields_set:
-            raise ValueError("an empty namespaceSelector admits every namespace")
+        namespaces = self.namespaceSelector
+        if namespaces is not None and not namespaces.matchLabels and not namespaces.matchExpressions:
+            raise ValueError("an empty namespaceSelector admits every namespace; name its labels")
         return self
 
 
@@ -187,6 +105,13 @@ class NetworkPolicySpec(Shape):
     ingress: list[Ingress] = Field(default_factory=list)
     egress: list[Egress] = Field(default_factory=list)
 
+    @model_validator(mode="after")
+    def _rules_are_used(self) -> NetworkPolicySpec:
+        for kind, rules in (("Ingress", self.ingress), ("Egress", self.egress)):
+            if rules and kind not in self.policyTypes:
+                raise ValueError(f"has {kind.lower()} rules, which do nothing: add {kind} to policyTypes")
+        return self
+
 
 class NetworkPolicy(Shape):
     """NetworkPolicy."""
@@ -201,8 +126,8 @@ class DisruptionBudgetSpec(Shape):
     """PodDisruptionBudgetSpec."""
 
     selector: Selector
-    minAvailable: int | str | None = None
-    maxUnavailable: int | str | None = None
+    minAvailable: Count | str | None = None
+    maxUnavailable: Count | str | None = None
 
     @model_validator(mode="after")
     def _one_bound(self) -> DisruptionBudgetSpec:
@@ -223,15 +148,16 @@ class DisruptionBudget(Shape):
     spec: DisruptionBudgetSpec
 
 
-_UNITS = {"m": 1e-3, "": 1.0} | {
+_UNITS = {"n": 1e-9, "u": 1e-6, "m": 1e-3, "": 1.0, "k": 1e3} | {
     f"{letter}{binary}": (1024.0 if binary else 1000.0) ** power
     for power, letter in enumerate("KMGTPE", start=1)
     for binary in ("", "i")
 }
-_UNITS["k"] = _UNITS.pop("K")
 
 
 def amount(quantity: str) -> float:
     """A Kubernetes quantity as a number."""
-    digits = quantity.rstrip("mkKMGTPEi")
+    if re.search(r"[eE]\d", quantity):
+        return float(quantity)
+    digits = quantity.rstrip("numkKMGTPEi")
     return float(digits) * _UNITS[quantity[len(digits) :]]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import shlex
 from typing import Any
 
-from pipelines.lint.document import Cluster, Document
+from pipelines.lint.document import Cluster, Command, Document
+from pipelines.lint.launcher_access import check_access
+from pipelines.lint.start_commands import check_start_commands
 from unmask.errors import ConfigError
 from unmask.placement import NodeType
 
@@ -14,14 +17,17 @@ def read_launcher(tree: dict[str, Any]) -> Document:
     """A cluster file and the node types that it offers; `metadata.recipes` names what runs there.
 
     Raises:
-        ConfigError: it is not what Ray's schema asks for, its counts contradict each other, or it is open to others.
+        ConfigError: it is not what Ray's schema asks for, its counts contradict each other, its nodes would not start,
+            or it is open to others.
     """
     types = tree.get("available_node_types")
     if not types:
         raise ConfigError("is needed: without it all nodes are alike", field="available_node_types")
+    _check_image(tree)
     filled = _check_schema(tree)
     _check_counts(filled)
-    _check_commands(tree)
+    check_start_commands(tree)
+    check_access(tree)
     nodes = [
         NodeType(
             name=name,
@@ -34,8 +40,27 @@ def read_launcher(tree: dict[str, Any]) -> Document:
     return Document(
         kind="Ray cluster",
         cluster=Cluster(nodes=nodes, max_nodes=filled["max_workers"] + 1),
-        recipes=(tree.get("metadata") or {}).get("recipes", []),
+        commands=_commands(tree),
     )
+
+
+def _commands(tree: dict[str, Any]) -> list[Command]:
+    recipes = (tree.get("metadata") or {}).get("recipes") or []
+    if not isinstance(recipes, list) or not all(isinstance(recipe, str) and recipe.strip() for recipe in recipes):
+        raise ConfigError("must be a list of recipes, as in [recipes/demo.yaml]", field="metadata.recipes")
+    words = [shlex.split(recipe) for recipe in recipes]
+    return [Command(recipe=recipe, overrides=overrides) for recipe, *overrides in words]
+
+
+def _check_image(tree: dict[str, Any]) -> None:
+    """Ray starts nodes without a container where no image is named, or stops at an assertion."""
+    docker = tree.get("docker")
+    if not docker:
+        return
+    if not docker.get("image") and not (docker.get("head_image") and docker.get("worker_image")):
+        raise ConfigError("is needed: name the image that deploy/Dockerfile builds", field="docker.image")
+    if not docker.get("container_name"):
+        raise ConfigError("is needed: Ray runs no image without it", field="docker.container_name")
 
 
 def _check_schema(tree: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +74,7 @@ def _check_schema(tree: dict[str, Any]) -> dict[str, Any]:
         validate_config(filled)
     except ValidationError as error:
         raise ConfigError(error.message, field=".".join(map(str, error.absolute_path)) or None) from None
-    except (ValueError, KeyError, NotImplementedError) as error:
+    except (ValueError, KeyError, NotImplementedError, AssertionError) as error:
         raise ConfigError(f"Ray refuses the file: {error}") from None
     return filled
 
@@ -74,18 +99,3 @@ def _check_counts(filled: dict[str, Any]) -> None:
         raise ConfigError(
             f"is {bound}, less than the {least} that min_workers of the types add up to", field="max_workers"
         )
-
-
-def _check_commands(tree: dict[str, Any]) -> None:
-    """Every node demands the token, and the dashboard listens to its own host."""
-    for name in ("head_start_ray_commands", "worker_start_ray_commands"):
-        starts = [command for command in tree.get(name, []) if "ray start" in command]
-        if not starts:
-            raise ConfigError("must hold a `ray start`: Ray's default one asks for no token", field=name)
-        for command in starts:
-            if "RAY_AUTH_MODE=token" not in command:
-                raise ConfigError("must set RAY_AUTH_MODE=token before `ray start`", field=name)
-            if "--dashboard-host" in command and "--dashboard-host=127.0.0.1" not in command:
-                raise ConfigError("must keep the dashboard on 127.0.0.1; `ray dashboard` forwards it", field=name)
-            if name.startswith("head") and "RAY_enable_autoscaler_v2=1" not in command:
-                raise ConfigError("must set RAY_enable_autoscaler_v2=1: version 1 ignores labels", field=name)

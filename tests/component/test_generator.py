@@ -16,13 +16,16 @@ from actors.generator import Generator
 from engines.offline_engine import Completion
 from unmask.attempts import Attempts
 from unmask.config import EMBEDDED_TARGET, Recipe
-from unmask.errors import CheckpointError, PromptError
-from unmask.manifest import Manifest, ShardEntry
+from unmask.errors import CheckpointError, PromptError, UserError
+from unmask.manifest import RUN_ID as RUN_ID_FILE
+from unmask.manifest import Manifest, ShardEntry, shard_path
 from unmask.recipe import parse_recipe
 from unmask.staged_prompts import stage_prompts
 from unmask.targets import describe_target, resolve_target
 from unmask.trajectories import read_quarantine, read_trajectories
 from unmask.types import SamplingOptions, TargetRecord
+
+RUN_ID = "this-run"
 
 
 class EchoEngine:
@@ -66,9 +69,15 @@ def recipe(tmp_path: Path) -> Recipe:
     )
 
 
+def stage(recipe: Recipe, directory: Path, rows_per_shard: int) -> None:
+    """What a driver does before there are actors."""
+    stage_prompts(recipe.prompts, directory / "prompts", rows_per_shard)
+    (directory / RUN_ID_FILE).write_text(RUN_ID)
+
+
 def _run(recipe: Recipe, record: TargetRecord, directory: Path, shards: list[int]) -> tuple[Generator, dict[str, Any]]:
-    stage_prompts(recipe.prompts, directory / "prompts", 4)
-    generator = Generator(recipe, str(directory), record, EchoEngine)
+    stage(recipe, directory, 4)
+    generator = Generator(recipe, str(directory), record, RUN_ID, 0.0, EchoEngine)
     summary = asyncio.run(generator({"shard": np.array(shards)}))
     manifest = Manifest()
     for row in range(len(shards)):
@@ -109,20 +118,19 @@ def test_a_finished_shard_is_not_done_again(recipe: Recipe, record: TargetRecord
     assert first["sha256"].tolist() == second["sha256"].tolist()
 
 
-def test_row_that_keeps_killing_its_engine_is_quarantined(recipe: Recipe, record: TargetRecord, tmp_path: Path) -> None:
+def test_a_shard_of_the_run_before_is_done_anew(recipe: Recipe, record: TargetRecord, tmp_path: Path) -> None:
     directory = tmp_path / "a"
-    stage_prompts(recipe.prompts, directory / "prompts", 4)
-    for _ in range(2):
-        Attempts.load(directory, 0).begin()
-    for _ in range(2):
-        Attempts.load(directory, 0).begin_row(4)
-    Attempts.load(directory, 0).begin_row(5)
-    generator, _ = _run(recipe, record, directory, [0])
-    killed = [row for row in read_quarantine(directory) if "the engine died" in (row.error or "")]
-    assert [(row.meta["index"], row.meta["sample"]) for row in killed] == [(2, 0)]
-    assert killed[0].error == "the engine died 2 times on this row"
-    assert generator._engine.most_waiting == 1, "rows ran one by one"
-    assert not list((directory / "attempts").iterdir())
+    _, first = _run(recipe, record, directory, [0, 1])
+    (directory / RUN_ID_FILE).write_text("another-run")
+    later = Generator(recipe, str(directory), record, "another-run", 0.0, EchoEngine)
+    summary = asyncio.run(later({"shard": np.array([0, 1])}))
+    assert later._engine.most_waiting > 8
+    assert summary["sha256"].tolist() != first["sha256"].tolist()
+    now = {shard: shard_path(directory, shard).read_bytes() for shard in (0, 1)}
+    straggler = Generator(recipe, str(directory), record, RUN_ID, 0.0, EchoEngine)
+    with pytest.raises(UserError, match="was started over by another run"):
+        asyncio.run(straggler({"shard": np.array([0, 1])}))
+    assert {shard: shard_path(directory, shard).read_bytes() for shard in (0, 1)} == now
 
 
 def test_attempts_survive_the_process_that_made_them(tmp_path: Path) -> None:
@@ -142,7 +150,7 @@ def test_another_target_on_the_node_is_refused(recipe: Recipe, tmp_path: Path) -
         revision="x", tokenizer_hash="x", chat_template_hash="x", vocab_size=1, hidden_size=1, num_layers=1
     )
     with pytest.raises(CheckpointError, match="another model on this node"):
-        Generator(recipe, str(tmp_path), other, EchoEngine)
+        Generator(recipe, str(tmp_path), other, RUN_ID, 0.0, EchoEngine)
 
 
 async def test_gate_keeps_one_alone_and_does_not_starve_it() -> None:

@@ -18,6 +18,8 @@ from tests.fault.record import Finding
 from tests.fault.scenario import ours, wait_until
 
 ROOT = Path(__file__).parents[2]
+_ACTORS = ("MapWorker", "RayTrainWorker")
+"""What Ray calls the processes in which pipelines work; they outlive a driver for a while."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,6 +51,14 @@ class Job:
         """Wait for the driver's end."""
         self.exits.append(self.driver.wait(limit_s))
         self.driver = None
+
+    def end(self) -> None:
+        """End its driver if that still runs, and wait for the end of the processes that worked for it."""
+        if self.driver is None:
+            return
+        self.driver.kill()
+        self.finish()
+        wait_until(lambda: not any(map(ours, _ACTORS)), 120)
 
     def wait_for(self, condition: Callable[[], object], limit_s: float) -> None:
         """Let it run until the condition holds, which must be before its end."""
@@ -87,6 +97,20 @@ def stop_driver(job: Job) -> None:
 def kill_one(name: str, chance: random.Random) -> Callable[[Job], None]:
     """Event: SIGKILL of a process whose command line says `name`."""
     return lambda _: chance.choice(ours(name)).kill()
+
+
+def note_processes(name: str) -> Callable[[Job], None]:
+    """Event: the processes whose command line says `name` are noted under it."""
+
+    def note(job: Job) -> None:
+        job.noted[name] = ours(name)
+
+    return note
+
+
+def one_gone(name: str, limit_s: float = 60) -> Callable[[Job], None]:
+    """Event: one of the processes that were noted comes to its end."""
+    return lambda job: job.wait_for(lambda: not all(process.is_running() for process in job.noted[name]), limit_s)
 
 
 def all_gone(name: str, limit_s: float = 120) -> Callable[[Job], None]:

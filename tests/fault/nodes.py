@@ -22,10 +22,11 @@ class Nodes:
     Args:
         role: the nodes' label `role`.
         cpus: of each node.
+        foreign: nodes of another role, as large, which stay.
         environment: of the cluster's processes, besides the usual.
     """
 
-    def __init__(self, role: str, cpus: int, **environment: str) -> None:
+    def __init__(self, role: str, cpus: int, *, foreign: int = 0, **environment: str) -> None:
         os.environ.update(_ENVIRONMENT, **environment)
         os.environ[MARK] = str(os.getpid())
         from ray.cluster_utils import Cluster
@@ -33,14 +34,16 @@ class Nodes:
         self._role, self._cpus = role, cpus
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         self.address = self._cluster.address
-        self._nodes = [self._new() for _ in range(2)]
+        for _ in range(foreign):
+            self._new(f"not-{role}")
+        self._nodes = [self._new(role) for _ in range(2)]
 
-    def _new(self):
-        return self._cluster.add_node(num_cpus=self._cpus, labels={"role": self._role})
+    def _new(self, role: str):
+        return self._cluster.add_node(num_cpus=self._cpus, labels={"role": role})
 
     def add(self) -> None:
         """One more node."""
-        self._nodes.append(self._new())
+        self._nodes.append(self._new(self._role))
 
     def end(self, *, with_notice: bool) -> None:
         """End the newest node: SIGKILL all that runs on it, or SIGTERM its raylet, as before a spot node is taken."""

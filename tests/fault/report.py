@@ -52,9 +52,9 @@ quick tests run in `make test`, all of them in `make test-all`. Replicas are rea
 says otherwise the target is a random network of six layers, so that a test costs seconds. Its greedy text depends on
 every token before, so a lost or doubled token would change all that follows.
 
-A figure in seconds is recorded, not asserted: it tells of the machine as much as of the code. All others fail the
-test. Where a figure is not met the reason stands below. "Whole again after" is the time from the signal until every
-replica is ready and every target has its draft, under load; F4 is without load.
+A figure in seconds, megabytes, per cent or multiples of another is recorded, not asserted: it tells of the machine as
+much as of the code. All others fail the test. Where a figure is not met the reason stands below. "Whole again after" is
+the time from the signal until every replica is ready and every target has its draft, under load; F4 is without load.
 
 """
 

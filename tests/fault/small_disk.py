@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,9 @@ SAID = {
 }
 """What the system says of each fault."""
 
+_BUSY_S = 20.0
+"""While a file is open for writing, its file system cannot be made read-only."""
+
 
 class SmallDisk:
     """A tmpfs in a folder, bound to `path`, so that what it holds outlives its being unreachable."""
@@ -26,7 +30,11 @@ class SmallDisk:
         self._store.mkdir()
         self.path.mkdir()
         _run("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(self._store))
-        self._bind()
+        try:
+            self._bind()
+        except subprocess.CalledProcessError:
+            self.remove()
+            raise
 
     def _bind(self) -> None:
         _run("mount", "--bind", str(self._store), str(self.path))
@@ -36,7 +44,7 @@ class SmallDisk:
         if fault == "full":
             self._fill()
         elif fault == "read-only":
-            _run("mount", "-o", "remount,ro", str(self.path))
+            self._forbid_writing()
         else:
             _run("umount", "--lazy", str(self.path))
 
@@ -55,10 +63,20 @@ class SmallDisk:
                 pass
         assert os.statvfs(self.path).f_bfree == 0
 
+    def _forbid_writing(self) -> None:
+        deadline = time.monotonic() + _BUSY_S
+        while True:
+            try:
+                return _run("mount", "-o", "remount,ro", str(self.path))
+            except subprocess.CalledProcessError as error:
+                if b"busy" not in error.stderr or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
+
     def remove(self) -> None:
-        """Unmount it; its content is gone."""
+        """Unmount what is mounted of it; its content is gone."""
         for mount in (self.path, self._store):
-            _run("umount", "--lazy", str(mount))
+            subprocess.run(["umount", "--lazy", str(mount)], check=False, capture_output=True)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,9 @@ from unmask.training.training_state import resume_state, save_state
 
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "shutil.rmtree"}
 """Python's audit events of operations on files; the process is killed before the operation."""
+
+REMOVALS = {"os.remove", "os.rmdir"}
+"""Those of a directory that is removed with all in it name its files alone, without the directory."""
 
 
 class SmallTrainer:
@@ -125,19 +129,36 @@ def save_and_die(directory: Path, trainer: SmallTrainer, operation: int) -> bool
     """Save in a child that is killed before the given file operation; whether it was, or had ended before."""
     child = os.fork()
     if child == 0:
-        seen = 0
+        try:
+            sys.addaudithook(killing(directory, operation))
+            save_state(directory, trainer, {})
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            raise
+        finally:  # Whatever is raised, the child must not go on with the parent's tests.
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL), "the save has failed"
+    return code != 0
 
-        def count(event: str, arguments: tuple[Any, ...]) -> None:
-            nonlocal seen
-            if event in FILE_EVENTS and str(directory) in str(arguments[0]):
-                seen += 1
-                if seen == operation:
-                    os.kill(os.getpid(), signal.SIGKILL)
 
-        sys.addaudithook(count)
-        save_state(directory, trainer, {})
-        os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+def killing(directory: Path, operation: int) -> Callable[[str, tuple[Any, ...]], None]:
+    """An audit hook that ends the process before the given operation on files of a directory."""
+    seen, removes = 0, False
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen, removes
+        if event not in FILE_EVENTS:
+            return
+        named = str(directory) in str(arguments[0])
+        if named or (removes and event in REMOVALS):
+            seen += 1
+            removes = removes or event == "shutil.rmtree"
+            if seen == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return count
 
 
 def damage_each_file(steps: int) -> Callable[[Checkpoints], None]:
@@ -192,15 +213,25 @@ def refusals(count: int) -> Callable[[Checkpoints], list[Finding]]:
     return lambda saved: [equal("saves refused, the one before loads", saved.refused, count)]
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["first", "over-itself"])
-def test_killed_at_every_file_operation(checkpoints: Checkpoints, again: bool) -> None:
+@pytest.mark.parametrize(
+    ("before", "struck", "resumed", "how"),
+    [
+        ([], 2, [1, 2], ""),
+        ([save(2)], 2, [1, 2], " over itself"),
+        ([save(2)], 3, [2, 3], " and an old one removed"),
+    ],
+    ids=["first", "over-itself", "with-an-old-one-removed"],
+)
+def test_killed_at_every_file_operation(
+    checkpoints: Checkpoints, before: list[Callable[[Checkpoints], None]], struck: int, resumed: list[int], how: str
+) -> None:
     trial = Trial(
-        events=[*([save(2)] if again else []), kill_before_each_file_operation(2)],
-        checks=[resumed_from([1, 2]), nothing_is_left],
+        events=[*before, kill_before_each_file_operation(struck)],
+        checks=[resumed_from(resumed), nothing_is_left],
     )
     findings = trial.play(checkpoints)
     assert checkpoints.struck > 9
-    event = "SIGKILL while a checkpoint is saved" + (" over itself" if again else "")
+    event = f"SIGKILL while a checkpoint is saved{how}"
     conclude("F11", event, f"before each of {checkpoints.struck} file operations", findings)
 
 

@@ -1,4 +1,7 @@
-"""F13: training whose second node goes and comes back: 2, then 1, then 2 workers, at the losses of 1 throughout."""
+"""F13: training whose second node goes and comes back: 2, then 1, then 2 workers, at the losses of 1 throughout.
+
+A node of another role, as large, stays all the time: it is no room for the training.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault.job import Job, exit_codes, finish, start
+from tests.fault.job import Job, exit_codes, finish, start, stop_driver
 from tests.fault.nodes import Nodes
 from tests.fault.record import Finding, conclude, equal
 from tests.fault.training_job import all_steps, log_of, training, undisturbed_losses
@@ -21,7 +24,7 @@ STEPS, SEQUENCES, PER_STEP = 600, 64, 8
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    nodes = Nodes("train", 2)
+    nodes = Nodes("train", 2, foreign=1)
     yield nodes
     nodes.shutdown()
 
@@ -76,6 +79,11 @@ def add_node(nodes: Nodes) -> Callable[[Job], None]:
     return lambda _: nodes.add()
 
 
+def says(text: str) -> Callable[[Job], None]:
+    """Event: the driver has said that."""
+    return lambda job: job.wait_for(lambda: text in job.said(len(job.exits)), 60)
+
+
 def worker_counts(sizes: list[int]) -> Callable[[Job], list[Finding]]:
     """Check: how many workers trained, one size after another."""
     return lambda job: [equal("workers, one after another", [size for size, _ in groups(job)], sizes)]
@@ -111,3 +119,17 @@ def test_a_node_goes_and_comes_back(
     again, worst = len(log_of(job)) - STEPS, max(differences(job, losses))
     scale = f"{STEPS} steps of {PER_STEP} sequences, {again} taken twice, largest difference {worst:.0e}"
     conclude("F13", f"{event} of a node, and another in its place", scale, findings)
+
+
+def test_a_training_without_nodes_waits_and_can_be_stopped(nodes: Nodes, target_dir: Path, tmp_path: Path) -> None:
+    gone = [end_node(nodes, with_notice=False)] * 2
+    waiting = says("waiting for nodes: distill: no node is labelled role=train; SIGTERM ends it")
+    back = [add_node(nodes)] * 2
+    trial = Trial(
+        events=[start, trained_by([2], 40), *gone, waiting, stop_driver, finish, *back, start, finish],
+        checks=[exit_codes([130, 0]), worker_counts([2]), all_steps(STEPS)],
+    )
+    findings = trial.play(elastic(tmp_path, target_dir, nodes.address, workers=2))
+    conclude(
+        "F13", "SIGKILL of all nodes, SIGTERM to the driver, and others in their place", f"{STEPS} steps", findings
+    )

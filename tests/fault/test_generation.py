@@ -2,115 +2,81 @@
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.fault.job import Job, all_gone, exit_codes, finish, kill_driver, kill_one, start, stop_driver
+from tests.fault.generation_job import (
+    ACTOR,
+    ROLE,
+    ROWS_PER_SHARD,
+    Check,
+    Event,
+    each_row_once,
+    generation,
+    note_shards,
+    prompts,
+    rows_as,
+    some_shards,
+    unfinished,
+)
+from tests.fault.job import (
+    Job,
+    all_gone,
+    exit_codes,
+    finish,
+    kill_driver,
+    kill_one,
+    note_processes,
+    one_gone,
+    start,
+    stop_driver,
+)
 from tests.fault.nodes import Nodes
 from tests.fault.record import Finding, conclude, equal
 from tests.fault.scenario import ours, wait_until
 from tests.fault.small_disk import SAID, SmallDisk
 from tests.fault.trial import Trial
-from unmask.manifest import shard_sizes
 from unmask.trajectories import read_quarantine, read_trajectories
 from unmask.types import Trajectory
 
 pytestmark = pytest.mark.timeout(600)
 
-ROLE, ACTOR = "generate", "MapWorker"
-ROWS_PER_SHARD = 10
 
-Event = Callable[[Job], None]
-Check = Callable[[Job], list[Finding]]
+@pytest.fixture(scope="module")
+def death(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that one engine dies of when it comes."""
+    return tmp_path_factory.mktemp("engines") / "die"
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    nodes = Nodes(ROLE, 3, NULL_ENGINE_SECONDS="0.01")
+def nodes(death: Path) -> Iterator[Nodes]:
+    nodes = Nodes(ROLE, 3, NULL_ENGINE_SECONDS="0.01", NULL_ENGINE_DIES=str(death))
     yield nodes
     nodes.shutdown()
 
 
-def prompts(count: int) -> list[str]:
-    return [f"Name {n} animals." for n in range(count)]
-
-
-def generation(folder: Path, address: str, prompts: list[str], run_dir: Path | None = None, **generate: object) -> Job:
-    """A generation that has not begun."""
-    folder.mkdir(parents=True, exist_ok=True)
-    source, recipe = folder / "prompts.jsonl", folder / "recipe.yaml"
-    source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    options = {
-        "max_new_tokens": 8,
-        "temperature": 0.8,
-        "rows_per_shard": ROWS_PER_SHARD,
-        "min_actors": 2,
-        "max_actors": 2,
-        "labels": {"role": ROLE},
-        **generate,
-    }
-    run_dir = run_dir or folder / "run"
-    tree = {
-        "run_dir": str(run_dir),
-        "target": {"max_model_len": 128, "engine": {"max_num_seqs": 4}},
-        "prompts": {"source": str(source)},
-        "generate": options,
-    }
-    recipe.write_text(yaml.safe_dump(tree))
-    return Job(module="tests.fault.null_generation", recipe=recipe, run_dir=run_dir, address=address)
-
-
-def finished_shards(job: Job) -> int:
-    return len(shard_sizes(job.run_dir / "trajectories"))
-
-
-def note_shards(job: Job) -> None:
-    """Event: how many shards are finished is noted."""
-    job.noted["shards"] = finished_shards(job)
-
-
-def some_shards(count: int) -> Event:
-    """Event: so many shards are finished, and others are not."""
-
-    def reach(job: Job) -> None:
-        job.wait_for(lambda: finished_shards(job) >= count, 120)
-        note_shards(job)
-
-    return reach
-
-
 def kill_node(nodes: Nodes, chance: random.Random) -> Event:
-    """Event: SIGKILL of the raylet of a node that generates; another node comes."""
-    return lambda _: nodes.replace_one(ours(ACTOR), chance)
+    """Event: SIGKILL of the raylet of a node that generates; another node comes. What is finished then is noted."""
+
+    def strike(job: Job) -> None:
+        actors = ours(ACTOR)
+        note_shards(job)
+        nodes.replace_one(actors, chance)
+
+    return strike
 
 
-def each_row_once(count: int) -> Check:
-    """Check: the rows of every prompt are there, each exactly once."""
+def kill_engine(death: Path) -> Event:
+    """Event: an engine dies, in an actor that lives."""
 
-    def check(job: Job) -> list[Finding]:
-        rows = list(read_trajectories(job.run_dir))
-        ids = {row.sample_id for row in rows}
-        return [
-            equal("ids, each once", len(rows) if len(rows) == len(ids) else f"{len(rows)} rows of {len(ids)}", count),
-            equal(f"rows 0 to {count - 1}", sorted(row.meta["index"] for row in rows) == list(range(count)), True),
-        ]
+    def strike(_: Job) -> None:
+        death.touch()
+        wait_until(lambda: not death.exists(), 30, every_s=0.02)
 
-    return check
-
-
-def rows_as(undisturbed: dict[int, Trajectory]) -> Check:
-    """Check: each row is the undisturbed run's."""
-
-    def check(job: Job) -> list[Finding]:
-        differing = sum(row != undisturbed[row.meta["index"]] for row in read_trajectories(job.run_dir))
-        return [equal("rows that differ from the undisturbed run", differing, 0)]
-
-    return check
+    return strike
 
 
 @pytest.fixture(scope="module")
@@ -136,20 +102,36 @@ def test_every_row_once_and_as_undisturbed(
     nodes: Nodes, undisturbed: dict[int, Trajectory], tmp_path: Path, seed: int
 ) -> None:
     chance, victim, rows = random.Random(seed), VICTIMS[seed % 3], len(undisturbed)
-    shards = chance.randrange(1, rows // ROWS_PER_SHARD - 6)
+    # A quarter is left: what is finished grows while it is looked at.
+    shards = chance.randrange(1, 3 * rows // ROWS_PER_SHARD // 4)
     strike = {
-        "actor": [kill_one(ACTOR, chance)],
-        "driver": [kill_driver, all_gone(ACTOR), start],
+        "actor": [kill_one(ACTOR, chance), note_shards],
+        "driver": [kill_driver, note_shards, all_gone(ACTOR), start],
         "node": [kill_node(nodes, chance)],
     }[victim]
     job = generation(tmp_path, nodes.address, prompts(rows))
+    codes = exit_codes([-9, 0] if victim == "driver" else [0])
     trial = Trial(
         events=[start, some_shards(shards), *strike, finish],
-        checks=[exit_codes([-9, 0] if victim == "driver" else [0]), each_row_once(rows), rows_as(undisturbed)],
+        checks=[codes, unfinished(rows), each_row_once(rows), rows_as(undisturbed)],
     )
     findings = trial.play(job)
     scale = f"after {job.noted['shards']} shards"
     conclude("F12", f"SIGKILL of the {victim}, run {seed} of {rows} rows", scale, findings)
+
+
+@pytest.mark.parametrize("undisturbed", [300], indirect=True)
+def test_an_engine_dies_and_its_actor_lives(
+    nodes: Nodes, death: Path, undisturbed: dict[int, Trajectory], tmp_path: Path
+) -> None:
+    strike = [note_processes(ACTOR), kill_engine(death), note_shards, one_gone(ACTOR)]
+    trial = Trial(
+        events=[start, some_shards(5), *strike, finish],
+        checks=[exit_codes([0]), unfinished(300), each_row_once(300), rows_as(undisturbed)],
+    )
+    job = generation(tmp_path, nodes.address, prompts(300))
+    findings = trial.play(job)
+    conclude("F12", "the engine dies, its actor lives", f"300 rows, after {job.noted['shards']} shards", findings)
 
 
 def one_line_about_the_stop(job: Job) -> list[Finding]:
@@ -157,11 +139,6 @@ def one_line_about_the_stop(job: Job) -> list[Finding]:
     lines = job.said(0).splitlines()
     said = [line for line in lines if "stopped; run the same command again" in line or "SIGTERM" in line]
     return [equal("lines about the stop", len(said), 1)]
-
-
-def unfinished(rows: int) -> Check:
-    """Check: it was stopped before its end."""
-    return lambda job: [equal("unfinished", job.noted["shards"] < rows // ROWS_PER_SHARD, True)]
 
 
 @pytest.mark.slow
@@ -192,14 +169,31 @@ def quarantined(index: int, reason: str) -> Check:
 
 
 @pytest.mark.slow
-def test_a_deadly_prompt_is_quarantined(nodes: Nodes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("undisturbed", [39], indirect=True)
+def test_a_deadly_prompt_is_quarantined(nodes: Nodes, undisturbed: dict[int, Trajectory], tmp_path: Path) -> None:
     deadly = "kill " * 70
+    of_good = [each_row_once(39), rows_as(undisturbed)]
     trial = Trial(
         events=[start, finish],
-        checks=[exit_codes([0]), each_row_once(30), quarantined(30, "the engine died 2 times on this row")],
+        checks=[exit_codes([0]), *of_good, quarantined(39, "the engine died 2 times on this row")],
     )
-    job = generation(tmp_path, nodes.address, [*prompts(30), deadly], max_attempts=2)
-    conclude("F12", "a prompt ends the engine every time", "31 rows", trial.play(job))
+    job = generation(tmp_path, nodes.address, [*prompts(39), deadly], max_attempts=2)
+    conclude("F12", "a prompt ends the engine every time", "40 rows", trial.play(job))
+
+
+def test_a_job_is_ended_though_an_event_fails(tmp_path: Path) -> None:
+    script = tmp_path / "sleep.py"
+    script.write_text("import time; time.sleep(600)")
+    job = Job(module="cProfile", recipe=script, run_dir=tmp_path, address="")
+    started = []
+
+    def fail(job: Job) -> None:
+        started.append(job.driver)
+        raise AssertionError("on purpose")
+
+    with pytest.raises(AssertionError, match="on purpose"):
+        Trial(events=[start, fail], checks=[]).play(job)
+    assert started[0].poll() == -9
 
 
 def break_store(disk: SmallDisk, fault: str) -> Event:

@@ -149,9 +149,11 @@ def run_service(folder: Path) -> dict[str, Any]:
     loading = threading.Event()
     thread = threading.Thread(target=_keep_asking, args=(front, loading))
     thread.start()
-    times["target_up_s"] = nodes.wait({"serve-target": 2, "serve-draft": 1}, UP_S)
-    loading.set()
-    thread.join()
+    try:
+        times["target_up_s"] = nodes.wait({"serve-target": 2, "serve-draft": 1}, UP_S)
+    finally:
+        loading.set()
+        thread.join()
     times["target_gone_s"] = nodes.wait(first, GONE_S)
 
     load.write_text("0.95")

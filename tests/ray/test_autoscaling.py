@@ -18,6 +18,7 @@ from tests.ray.scaling_driver import GONE_S, UP_S
 
 logger = logging.getLogger(__name__)
 
+NEVER = "no node and no node type of the autoscaler has that"
 ROLES = ("generate", "train", "serve-target", "serve-draft")
 NODE_TYPES = {
     role: {
@@ -116,9 +117,15 @@ def test_target_and_draft_bring_up_their_own_nodes_and_scale_apart(head: Head, f
 @pytest.mark.parametrize(
     ("stage", "override", "message"),
     [
-        ("generate", "generate.labels={role: genrate}", "generate: needs 1 CPU, 1 GPU on role=genrate"),
-        ("generate", "generate.gpus_per_actor=3", "generate: needs 1 CPU, 3 GPU on role=generate"),
-        ("serve", "serve.target_labels={role: tagret}", "serve.target: needs 1 CPU on role=tagret"),
+        ("generate", "generate.labels={role: genrate}", f"generate: needs 1 CPU, 1 GPU on role=genrate; {NEVER}"),
+        ("generate", "generate.gpus_per_actor=3", f"generate: needs 1 CPU, 3 GPU on role=generate; {NEVER}"),
+        ("serve", "serve.target_labels={role: tagret}", f"serve.target: needs 1 CPU on role=tagret; {NEVER}"),
+        (
+            "serve",
+            "serve.ingress_labels={role: haed}",
+            "serve.ingress: no node is labelled role=haed, "
+            "and no node type is brought up for a process that takes no CPU",
+        ),
     ],
 )
 def test_what_no_node_type_offers_ends_the_job_by_name(
@@ -126,5 +133,4 @@ def test_what_no_node_type_offers_ends_the_job_by_name(
 ) -> None:
     ended = run(head, f"pipelines.{stage}", str(folder / "recipe.yaml"), override, seconds=GONE_S)
     assert ended.returncode == 3, ended.stderr
-    line = ended.stderr.splitlines()[-1]
-    assert line == f"error: {message}; no node and no node type of the autoscaler has that"
+    assert ended.stderr.splitlines()[-1] == f"error: {message}"

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import ray
 import ray.cloudpickle
 import yaml
 
-from actors.cluster import connect
+from actors.cluster import FaultError, connect
 from engines.offline_engine import Completion, OfflineEngine
 from pipelines.generate import GenerateReport, generate
 from unmask.config import Recipe
@@ -44,6 +44,26 @@ class MortalEngine(OfflineEngine):
         if KILLER_TOKENS in prompt_ids:
             os._exit(9)
         return super().submit(prompt_ids, options)
+
+
+class SlowEngine:
+    """Takes five seconds a row; `silent` never answers."""
+
+    silent = False
+
+    def __init__(self, arguments: dict[str, Any], *, on_gpu: bool = False) -> None:
+        self._pool = ThreadPoolExecutor(1)
+
+    def submit(self, prompt_ids: tuple[int, ...], options: SamplingOptions) -> Future[Completion]:
+        return Future() if self.silent else self._pool.submit(self._answer)
+
+    def _answer(self) -> Completion:
+        time.sleep(5)
+        return Completion([5, 2], "stop")
+
+
+class SilentEngine(SlowEngine):
+    silent = True
 
 
 def _write(path: Path, prompts: list[Any]) -> Path:
@@ -153,6 +173,22 @@ def test_finished_run_has_nothing_to_do_and_refuses_other_settings(
     tree["generate"]["seed"] = 1
     with pytest.raises(UserError, match=r"^generate\.seed: is 1, but .* was started with 0"):
         generate(parse_recipe(tree), folder / "poisoned")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [SlowEngine, SilentEngine])
+def test_only_a_run_that_hangs_is_ended(folder: Path, monkeypatch: pytest.MonkeyPatch, engine: type[Any]) -> None:
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "execution_no_progress_timeout_s", 28)
+    tree = _tree(_write(folder / "slow.jsonl", GOOD[:8]))
+    tree["generate"] |= {"rows_per_shard": 8, "max_new_tokens": 2}
+    recipe = parse_recipe(tree)
+    if engine is SilentEngine:
+        with pytest.raises(FaultError, match=r"^no actor has finished a row for 30 s"):
+            generate(recipe, folder / "silent", engine_factory=engine)
+    else:
+        # Its one task takes longer than the limit.
+        report, _ = _run(recipe, folder / "slow", engine_factory=engine)
+        assert report.seconds > 40
 
 
 def test_options_that_the_engine_refuses_are_the_users_error(folder: Path) -> None:

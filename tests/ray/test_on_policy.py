@@ -89,6 +89,10 @@ def test_the_loop_is_closed(recipe: Path, target: Path, drafts: list[dict[str, A
     assert all(row.meta[ACCEPTED] for row in rows)
     tau = [draft["served"]["acceptance_length"] for draft in drafts]
     assert min(tau) > 1
+    # The prompts that drafts are compared with are the evaluated ones, and drawn greedily here: as in the evaluation.
+    for draft in drafts:
+        held_out = draft["served"]["acceptance_length_held_out"]
+        assert held_out == pytest.approx(draft["evaluated"]["new_items"], rel=0.03)
     assert drafts[1]["evaluated"]["new_items"] > drafts[0]["evaluated"]["new_items"]
     again = run("on_policy", recipe)
     assert again.returncode == 0, again.stderr

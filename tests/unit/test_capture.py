@@ -18,6 +18,7 @@ from unmask.capture import (
     CaptureFolder,
     captured,
     collect,
+    is_captured,
     read_captured,
 )
 from unmask.errors import UserError
@@ -76,6 +77,47 @@ def capture(root: Path, **changes: float) -> Capture:
     return Capture(root, record(), **({"max_bytes": 2**20, "flush_s": 0.05} | changes))  # type: ignore[arg-type]
 
 
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def test_folders_that_others_could_read_are_closed(tmp_path: Path) -> None:
+    root, run_dir = tmp_path / "captured", tmp_path / "run"
+    for folder in (root / "writer-0", run_dir / "trajectories"):
+        folder.mkdir(parents=True)
+        folder.chmod(0o755)
+        folder.parent.chmod(0o755)
+    writer = capture(root)
+    writer.add(request([6], [3] * 8, accepted=[7], drafted=7))
+    writer.stop()
+    assert writer.stats.written == 1
+    assert collect(root, run_dir) == 1
+    assert [mode(folder) for folder in (root, root / "writer-0", run_dir / "trajectories")] == [0o700] * 3
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_nothing_is_captured_where_others_can_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refuses: bool
+) -> None:
+    """Another user's folder cannot be closed; a file system without modes does not say so."""
+
+    def chmod(path: Path, mode: int) -> None:
+        if refuses:
+            raise PermissionError("not yours")
+
+    root = tmp_path / "captured"
+    root.mkdir()
+    root.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "chmod", chmod)
+        writer = capture(root)
+        writer.add(request([6], [3] * 8, accepted=[7], drafted=7))
+        writer.stop()
+    assert (writer.stats.written, writer.stats.failed) == (0, 1)
+    assert "cannot be kept from other users" in caplog.text
+    assert not list(root.rglob("*.parquet"))
+
+
 def test_writers_share_a_root_and_a_run_is_made_of_what_is_new(tmp_path: Path) -> None:
     root = tmp_path / "captured"
     writers = [capture(root), capture(root)]
@@ -91,6 +133,8 @@ def test_writers_share_a_root_and_a_run_is_made_of_what_is_new(tmp_path: Path) -
     assert {path.name for path in root.iterdir()} == {"writer-0", "writer-1"}
     assert root.stat().st_mode & 0o077 == 0
     assert collect(root, tmp_path / "run", without=before) == 1
+    assert is_captured(tmp_path / "run")
+    assert sorted(row.prompt_ids[0] for row in read_captured(root, without=before)) == [2]
     assert [row.prompt_ids for row in read_trajectories(tmp_path / "run")] == [[2]]
     assert collect(root, tmp_path / "run") == 3
     with pytest.raises(UserError, match="nothing new was captured"):

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from actors.cluster import FaultError
-from pipelines.cli import DONE, FAULT, INTERRUPTED, USER_ERROR, Invocation, run_pipeline
+from actors.exit_codes import DONE, FAULT, INTERRUPTED, USER_ERROR
+from pipelines.cli import Invocation, run_pipeline
 from unmask.errors import UserError
 
 
@@ -98,6 +99,7 @@ def test_wrong_recipe_is_refused_before_anything_heavy_is_imported() -> None:
     """Nor does a driver import torch later: it lives as long as the job."""
     code = (
         "import sys, pipelines.generate as g, pipelines.run, actors.generation_pool, actors.generator\n"
+        "import pipelines.evaluate, pipelines.publish, pipelines.gate, pipelines.on_policy\n"
         "from pipelines.cli import run_pipeline\n"
         "assert run_pipeline(g.main, ['missing.yaml']) == 2\n"
         "print(*sorted({'ray', 'torch', 'vllm', 'transformers'} & sys.modules.keys()))\n"

@@ -10,6 +10,12 @@ from unmask.objectives.row_losses import Rows
 HIDDEN, K = 16, 3
 
 
+def judged(right: torch.Tensor) -> Rows:
+    """Rows of which it is known whether they are right."""
+    nothing = torch.zeros(right.shape)
+    return Rows(nothing, nothing, right, nothing, right, right.float())
+
+
 def synthetic(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, Rows]:
     """States whose direction decides, through a logistic law, how likely each row is right."""
     generator = torch.Generator().manual_seed(seed)
@@ -18,7 +24,7 @@ def synthetic(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, Rows]:
     units = states / states.norm(dim=-1, keepdim=True)
     probability = (3 * units @ law + torch.tensor([1.0, 0.0, -1.0])).sigmoid()
     right = torch.rand(count, K, generator=generator) < probability
-    return states, probability, Rows(torch.zeros(count, K), torch.zeros(count, K), right, probability)
+    return states, probability, judged(right)
 
 
 def test_it_learns_the_acceptance_probability() -> None:
@@ -48,13 +54,25 @@ def test_it_learns_the_acceptance_probability() -> None:
 
 def test_rows_that_no_verification_reaches_do_not_count() -> None:
     right = torch.tensor([[True, False, True], [True, True, False]])
-    rows = Rows(torch.zeros(2, 3), torch.zeros(2, 3), right, torch.zeros(2, 3))
+    rows = judged(right)
     valid = torch.tensor([[True, True, True], [True, False, False]])
     logits = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     logistic = torch.nn.functional.softplus
     expected = (logistic(-logits[0, 0]) + logistic(logits[0, 1]) + logistic(-logits[1, 0])) / 3
     total, count = confidence_loss(logits, rows, valid)
     torch.testing.assert_close(total / count, expected)
+
+
+def test_chances_are_float32_under_autocast() -> None:
+    """Half precision would move them by more than the smallest chance that is asked for."""
+    head = ConfidenceHead(HIDDEN, K)
+    with torch.no_grad():
+        head.weight.normal_(generator=torch.Generator().manual_seed(3))
+    states = synthetic(50, 2)[0].bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        told = head(states)
+    assert told.dtype == torch.float32
+    assert torch.equal(told, head(states))
 
 
 def test_no_gradient_reaches_the_draft() -> None:

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
 
 from tests.draft_tools import MASK, VOCAB, tiny_pair
 from unmask.decoding.speculative import DraftState
 from unmask.errors import CheckpointError
-from unmask.masking.anchored import anchored_block, dense_mask
+from unmask.masking.anchored import anchored_block, block_sparse_mask, dense_mask
 from unmask.models.dflash import DFlashConfig, spread_layer_ids
+from unmask.models.draft_start import new_draft
 from unmask.training.drafting_forward import DraftingForward, training_blocks
 from unmask.training.sequences import Batch
 
@@ -86,6 +90,65 @@ def test_predicate_runs_under_flex_attention():
     dense = create_mask(allow, B=2, H=1, Q_LEN=8, KV_LEN=16, device="cpu")
     assert torch.equal(dense, dense_mask(anchors, 4, 8))
     assert create_block_mask(allow, B=2, H=1, Q_LEN=8, KV_LEN=16, device="cpu").shape == (2, 1, 8, 16)
+
+
+def packed_anchors(live, num_blocks, num_context, seed):
+    """Ascending anchors of sequences packed into a row, dead ones in front, and the columns where theirs begin."""
+    generator = torch.Generator().manual_seed(seed)
+    cuts = torch.randperm(num_context - 1, generator=generator)[: int(torch.randint(0, 6, (), generator=generator))]
+    firsts = torch.cat([torch.zeros(1, dtype=torch.long), cuts.sort().values + 1])
+    anchors = torch.full((num_blocks,), -1)
+    anchors[num_blocks - live :] = torch.randperm(num_context, generator=generator)[:live].sort().values
+    starts = firsts[torch.searchsorted(firsts, anchors.clamp(min=0), right=True) - 1]
+    return anchors, starts
+
+
+def tiles_of(counts_BQ, indices_BQK):
+    """Bool [B, Q, K] of the key tiles that each query tile lists."""
+    listed = torch.arange(indices_BQK.shape[-1]) < counts_BQ[..., None]
+    return torch.zeros_like(listed).scatter(-1, indices_BQK.long(), listed)
+
+
+@settings(deadline=None, max_examples=24)
+@given(
+    block_size=st.sampled_from([4, 7, 10, 16]),
+    live=st.tuples(st.integers(0, 128), st.integers(0, 128)),
+    context_tiles=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_block_sparse_mask_is_the_dense_one(block_size, live, context_tiles, seed):
+    """Full tiles whole, partial ones by the predicate, others not at all; a tile in both would count twice."""
+    tile, num_context = 128, 128 * context_tiles
+    both = [packed_anchors(count, 128, num_context, seed + i) for i, count in enumerate(live)]
+    anchors, starts = (torch.stack(parts) for parts in zip(*both, strict=True))
+    sparse = block_sparse_mask(anchors, block_size, num_context, starts, tile)
+    dense = dense_mask(anchors, block_size, num_context, starts)[:, 0]
+    partial = tiles_of(sparse.kv_num_blocks[:, 0], sparse.kv_indices[:, 0])
+    full = tiles_of(sparse.full_kv_num_blocks[:, 0], sparse.full_kv_indices[:, 0])
+    assert sparse.seq_lengths == tuple(dense.shape[1:])
+    assert not (partial & full).any()
+    tiled = dense.unflatten(2, (-1, tile)).unflatten(1, (-1, tile))
+    assert torch.equal(tiled.all(4).all(2) & full, full)
+    assert torch.equal(tiled.any(4).any(2) & ~(partial | full), torch.zeros_like(full))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_random_weights_are_those_of_a_transformer(seed):
+    target, draft = tiny_pair(num_layers=4)
+    before = torch.get_rng_state()
+    drawn = new_draft(draft.config, target.model, "random", seed)
+    assert torch.equal(torch.get_rng_state(), before)
+    again, other = (new_draft(draft.config, target.model, "random", s) for s in (seed, seed + 1))
+    assert all(torch.equal(a, b) for a, b in zip(drawn.parameters(), again.parameters(), strict=True))
+    linear = [module for module in drawn.modules() if isinstance(module, nn.Linear)]
+    weights = torch.cat([module.weight.flatten() for module in linear]).detach()
+    assert weights.std() == pytest.approx(0.02, rel=0.02)
+    assert weights.mean().abs() < 5e-4
+    # Of a normal distribution, and not of a uniform one of that width.
+    assert (weights.abs() > 0.05).float().mean() == pytest.approx(0.0124, rel=0.25)
+    assert all(module.bias is None or not module.bias.any() for module in linear)
+    assert all((p == 1).all() for p in drawn.parameters() if p.ndim == 1)
+    assert not torch.equal(linear[0].weight, next(m for m in other.modules() if isinstance(m, nn.Linear)).weight)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.ahead_tools import CountingEngine
 from tests.pairing_tools import (
     BLOCK_SIZE,
     HIDDEN,
@@ -23,6 +24,7 @@ from tests.pairing_tools import (
 )
 from unmask.errors import PairingError, WireError
 from unmask.objectives.confidence import ConfidenceHead
+from unmask.pairing import block_drafter
 from unmask.pairing.draft_engine import DraftEngine
 from unmask.pairing.projection import Projection
 from unmask.pairing.wire import Proposals, Step, pack_hashes, pack_rows
@@ -121,6 +123,35 @@ def test_the_head_of_another_draft_is_refused(draft, vocabulary, engine, sizes: 
     assert engine.version == version
     with pytest.raises(PairingError, match="publish them together"):
         DraftEngine(draft, vocabulary, vocabulary, confidence=ConfidenceHead(*sizes))
+
+
+def test_a_head_for_sampled_text_is_not_used(draft, vocabulary, caplog) -> None:
+    """Bounds come with greedy steps; a head for greedy text, or one that does not say, is used for them."""
+    block_drafter.warn_once.cache_clear()
+    raw = raw_features(4, seed=1)
+    for temperature, length in ((None, 1), (0.0, 1), (0.7, K)):
+        head = ConfidenceHead(HIDDEN, K, temperature).requires_grad_(False)
+        engine = DraftEngine(draft, vocabulary, vocabulary, memory_mb=4, page_size=4, confidence=head)
+        for _ in range(2):
+            step = replace(make_step(engine, [row(1, 0, 4, 5)], [raw]), min_chance=0.9)
+            assert run(engine, step) == [reference_block(draft, vocabulary, raw, 5, K)[:length]]
+            engine.swap(tiny_draft(), confidence=head)
+    (warning,) = caplog.records
+    assert "trained on text of temperature 0.7" in warning.message
+
+
+def test_a_draft_on_a_gpu_says_that_it_does_without_its_head(draft, vocabulary, caplog) -> None:
+    """The graphs' passes, run eagerly."""
+    block_drafter.warn_once.cache_clear()
+    sizes = {"memory_mb": 4, "page_size": 4}
+    CountingEngine(draft, vocabulary, vocabulary, **sizes).swap(tiny_draft(seed=4))
+    assert not caplog.records
+    engine = CountingEngine(draft, vocabulary, vocabulary, confidence=ConfidenceHead(HIDDEN, K), **sizes)
+    engine.swap(tiny_draft(seed=4), confidence=ConfidenceHead(HIDDEN, K))
+    (warning,) = caplog.records
+    assert "is not used on a GPU" in warning.message
+    with pytest.raises(PairingError, match="publish them together"):
+        engine.swap(tiny_draft(), confidence=ConfidenceHead(HIDDEN, K - 1))
 
 
 def test_chunks_and_truncation_equal_one_append(draft, vocabulary, engine) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.draft_tools import MASK
 from unmask.config import DistillConfig
+from unmask.errors import ConfigError
 from unmask.objectives.drafting import (
     certainty_gates,
     choose_anchors,
@@ -112,12 +113,20 @@ def reference_weight(kind, block, k, right, confidence, valid, decay):
     return sum(math.prod(smooth[: end + 1]) for end in range(k, len(smooth)) if valid[block][end])
 
 
-def reference_gate(kind, block, k, right, confidence, valid):
-    if not (valid[block][k] and right[block][k]):
+def reference_gate(kind, k, z_KV, t_KV, labels_K, valid_K, temperature):
+    """Of row k of a block, from its logits, the target's and the text."""
+    drafted = z_KV.argmax(-1).tolist()
+    if not valid_K[k]:
         return 0.0
-    if kind == "prefix_right":
-        return float(all(right[block][j] for j in range(k)))
-    return math.prod(confidence[block][:k]) if kind == "target_relative" else 1.0
+    if kind != "target_relative":
+        needed = range(k + 1) if kind == "prefix_right" else [k]
+        return float(all(drafted[j] == int(labels_K[j]) for j in needed))
+    likeliest = t_KV.argmax(-1).tolist()
+    if drafted[k] != likeliest[k]:
+        return 0.0
+    if temperature == 0:
+        return float(drafted[:k] == likeliest[:k])
+    return math.prod(float((t_KV[j].double() / temperature).softmax(0)[drafted[j]]) for j in range(k))
 
 
 @settings(deadline=None)
@@ -127,15 +136,18 @@ def reference_gate(kind, block, k, right, confidence, valid):
     weighting=st.sampled_from(["decay", "d_pace", "first_miss"]),
     gate=st.sampled_from(["right", "prefix_right", "target_relative"]),
     beta=st.sampled_from([0.0, 0.5, 2.0]),
+    verified_at=st.sampled_from([0.0, 0.7, 1.0]),
 )
-def test_every_objective_matches_its_definition_and_splits_over_ranks(seed, loss, weighting, gate, beta):
+def test_every_objective_matches_its_definition_and_splits_over_ranks(seed, loss, weighting, gate, beta, verified_at):
     logits, labels, target, valid = random_rows(seed)
-    objective = RowObjective(loss, entropy=True, temperature=0.5, relative=gate == "target_relative")
+    objective = RowObjective(
+        loss, entropy=True, temperature=0.5, relative=gate == "target_relative", verified_at=verified_at
+    )
     rows = row_losses(logits.flatten(0, 1), labels.flatten(), target.flatten(0, 1), objective).view(*labels.shape)
     decay = decay_weights(4)
 
     def sums(part):
-        chosen = Rows(rows.loss[part], rows.entropy[part], rows.right[part], rows.confidence[part])
+        chosen = Rows(*(figures[part] for figures in rows.parts()))
         weights = position_weights(weighting, chosen, valid[part], decay)
         return drafting_loss(chosen, valid[part], weights, certainty_gates(gate, chosen, valid[part]))
 
@@ -148,7 +160,7 @@ def test_every_objective_matches_its_definition_and_splits_over_ranks(seed, loss
         row_sum += weight * reference_row(z, int(labels[block, k]), t, loss)
         weight_sum += weight
         term = entropy(z, 0.5) - (entropy(t, 0.5) if gate == "target_relative" else 0.0)
-        of_gate = reference_gate(gate, block, k, right, confidence, valid.tolist())
+        of_gate = reference_gate(gate, k, logits[block], target[block], labels[block], valid[block], verified_at)
         entropy_sum += of_gate * max(term, 0.0)
         gate_sum += of_gate
     expected = row_sum / weight_sum + beta * (entropy_sum / gate_sum if gate_sum else 0.0)
@@ -166,23 +178,53 @@ def test_every_objective_matches_its_definition_and_splits_over_ranks(seed, loss
     seed=st.integers(0, 200),
     loss=st.sampled_from(["ce", "kl", "tv", "lk_hybrid"]),
     relative=st.booleans(),
+    known=st.booleans(),
+    verified_at=st.sampled_from([0.0, 0.7, 1.0]),
     chunk=st.sampled_from([1, 40, 100, 10**6]),
 )
-def test_chunks_give_the_terms_and_gradients_of_all_logits_at_once(seed, loss, relative, chunk):
+def test_chunks_give_the_terms_and_gradients_of_all_logits_at_once(seed, loss, relative, known, verified_at, chunk):
     generator = torch.Generator().manual_seed(seed)
     hidden, target = torch.randn(2, 9, 6, generator=generator, dtype=torch.float64).unbind()
     head = torch.randn(13, 6, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, 13, (9,), generator=generator)
     upstream = torch.rand(2, 9, generator=generator)
-    objective = RowObjective(loss, entropy=True, temperature=0.5, relative=relative)
+    objective = RowObjective(loss, entropy=True, temperature=0.5, relative=relative, verified_at=verified_at)
+    if not (known or objective.needs_target):
+        target = None
     results = []
     for rows_of in (lambda *a: chunked_rows(*a, chunk_elements=chunk), eager_rows):
         leaf = hidden.clone().requires_grad_()
         rows = rows_of(leaf, head, labels, target, objective)
         ((rows.loss * upstream[0]).sum() + (rows.entropy * upstream[1]).sum()).backward()
-        results.append((rows.loss.detach(), rows.entropy.detach(), rows.right, rows.confidence, leaf.grad))
+        results.append((*(part.detach() for part in rows.parts()), leaf.grad))
     for ours, reference in zip(*results, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_the_relative_gate_asks_the_targets_distribution_and_not_the_text():
+    """Three rows whose drafted token is the target's likeliest and not the text's, then one the other way round."""
+    drafted = torch.tensor([1, 2, 3, 0])
+    text = torch.tensor([0, 0, 0, 0])
+    p = torch.tensor([[0.4, 0.6, 0, 0], [0.1, 0.2, 0.5, 0.2], [0.1, 0.1, 0.1, 0.7], [0.3, 0.4, 0.2, 0.1]])
+    logits = 3 * torch.nn.functional.one_hot(drafted, 4).float()
+    valid = torch.ones(1, 4, dtype=torch.bool)
+    for verified_at, expected in ((1.0, [1, 0.6, 0.6 * 0.5, 0]), (0.0, [1, 1, 1, 0])):
+        objective = RowObjective(entropy=True, relative=True, verified_at=verified_at)
+        rows = row_losses(logits, text, p.log(), objective).view(1, 4)
+        assert certainty_gates("target_relative", rows, valid)[0].tolist() == pytest.approx(expected)
+        assert certainty_gates("right", rows, valid)[0].tolist() == [0, 0, 0, 1]
+        assert rows.right[0].tolist() == [False, False, False, True]
+    # Reach ends where a drafted token that the target does not have is verified at 0.
+    behind = row_losses(logits.roll(1, 0), text, p.roll(1, 0).log(), objective).view(1, 4)
+    assert certainty_gates("target_relative", behind, valid)[0].tolist() == [0, 0, 0, 0]
+
+
+def test_without_the_targets_logits_its_token_is_all_of_its_distribution():
+    logits, labels, _, _ = random_rows(0)
+    # With cross-entropy alone a relative objective has no term that needs them.
+    rows = row_losses(logits.flatten(0, 1), labels.flatten(), None, RowObjective(relative=True))
+    assert torch.equal(rows.agrees, rows.right)
+    assert torch.equal(rows.acceptance, rows.right.float())
 
 
 def test_a_rank_without_valid_rows_still_has_a_graph():
@@ -200,3 +242,14 @@ def test_beta_rises_when_the_schedule_says():
     weights = [certainty_weight(config, progress) for progress in (0.0, 0.29, 0.3, 0.4, 0.5, 1.0)]
     assert weights == pytest.approx([0, 0, 0, 1, 2, 2])
     assert certainty_weight(DistillConfig(beta=2.0), 0.0) == 2.0
+    last = DistillConfig(beta=2.0, certainty_start=0.6, certainty_ramp=0.4)
+    assert certainty_weight(last, 1.0) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("start", "ramp", "field"),
+    [(1.0, 0.0, "certainty_start"), (0.7, 0.4, "certainty_ramp"), (0.01, 1.0, "certainty_ramp")],
+)
+def test_a_schedule_that_never_reaches_beta_is_refused(start, ramp, field):
+    with pytest.raises(ConfigError, match=rf"^distill\.{field}: .*lower"):
+        DistillConfig(beta=1.0, certainty_start=start, certainty_ramp=ramp)

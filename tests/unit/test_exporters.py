@@ -24,7 +24,7 @@ GOLDEN_SPECULATORS = {
     "aux_hidden_state_layer_ids": [2, 3, 5],
     "mask_token_id": 1,
     "sample_from_anchor": False,
-    "sliding_window_non_causal": False,
+    "sliding_window_non_causal": True,
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
     "num_target_layers": 7,
@@ -32,7 +32,7 @@ GOLDEN_SPECULATORS = {
         "algorithm": "dflash",
         "default_proposal_method": "greedy",
         "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3}],
-        "verifier": {"name_or_path": None, "architectures": []},
+        "verifier": {"name_or_path": "of/target", "architectures": []},
     },
 }
 
@@ -54,7 +54,7 @@ def test_round_trip_is_exact(tmp_path: Path, form: str) -> None:
 
 
 def test_speculators_layout_is_theirs(tmp_path: Path) -> None:
-    save_draft(tiny_pair()[1], tmp_path / "draft", record(), form="speculators")
+    save_draft(tiny_pair()[1], tmp_path / "draft", record(), form="speculators", verifier="of/target")
     tree = json.loads((tmp_path / "draft" / "config.json").read_text())
     layers = tree.pop("transformer_layer_config")
     assert tree.pop("unmask_target")["trained_layer_ids"] == [1, 2, 4]
@@ -136,8 +136,18 @@ def test_a_confidence_head_lies_where_loaders_of_drafts_do_not_look(tmp_path: Pa
     loaded = load_confidence(tmp_path / "both")
     assert loaded is not None
     assert torch.equal(loaded.weight, head.weight)
+    assert loaded.temperature is None
+    for temperature in (0.0, 0.7):
+        save_draft(draft, tmp_path / "tempered", record(), confidence=ConfidenceHead(32, 3, temperature))
+        tempered = load_confidence(tmp_path / "tempered")
+        assert tempered is not None
+        assert tempered.temperature == temperature
     assert load_confidence(tmp_path / "plain") is None
     for tensors in ({"weight": torch.ones(3)}, {"weight": torch.ones(3), "bias": torch.ones(2), "more": torch.ones(1)}):
         save_file(tensors, tmp_path / "both" / CONFIDENCE)
         with pytest.raises(CheckpointError, match="is damaged"):
             load_confidence(tmp_path / "both")
+    tensors = {"weight": torch.ones(3), "bias": torch.ones(2)}
+    save_file(tensors, tmp_path / "both" / CONFIDENCE, {"trained_at_temperature": "hot"})
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_confidence(tmp_path / "both")

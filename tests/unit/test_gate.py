@@ -12,7 +12,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pipelines.gate import GateReport, check
+from actors.cluster import FaultError
+from pipelines.gate_report import GateReport, acceptance_lengths, check
 from tests.draft_tools import VOCAB, record
 from unmask.checkpoints import load_draft, save_draft
 from unmask.config import PromptsConfig
@@ -152,3 +153,26 @@ def test_a_sound_pairing_passes() -> None:
     check(dataclasses.replace(REPORT, acceptance_length=2.0 * 1.029))
     with pytest.raises(UserError, match=r"^gate\.identical: "):
         check(dataclasses.replace(REPORT, identical=3))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"undrafted": 0.4}, "the draft proposed nothing in 40% of the steps"),
+        ({"draft_returned": False}, "the draft was killed and not used again within"),
+    ],
+)
+def test_a_draft_that_is_mostly_absent_is_refused(fields, message) -> None:
+    check(dataclasses.replace(REPORT, undrafted=0.05))
+    with pytest.raises(FaultError, match=message):
+        check(dataclasses.replace(REPORT, **fields))
+
+
+def test_cached_prompts_are_compared_by_themselves() -> None:
+    """Otherwise as many new prompts would halve what is lost with the cache."""
+    evaluated = [Evaluated(text="", prompt_ids=[number], accepted=[3, 3]) for number in (1, 2)]
+    new = [Served(prompt_ids=[number], accepted=[3, 3]) for number in (1, 2)]
+    cached = [Served(prompt_ids=[number], accepted=[0, 0, 3], cached_tokens=16) for number in (1, 2)]
+    assert acceptance_lengths(evaluated, new) == (4.0, 4.0)
+    assert acceptance_lengths(evaluated, new + cached) == (2.0, 4.0)
+    assert likely_cause(evaluated, new + cached, decode=str, shifted={}).startswith("prefix cache: ")

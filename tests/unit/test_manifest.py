@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from pathlib import Path
 
 import pytest
 
 from unmask.errors import UserError
-from unmask.manifest import MANIFEST, Manifest, ManifestSaver, ShardEntry, shard_path, shard_sizes
+from unmask.manifest import (
+    MANIFEST,
+    RUN_ID,
+    Manifest,
+    ManifestSaver,
+    ShardEntry,
+    delete_run,
+    read_run_id,
+    shard_path,
+    shard_sizes,
+)
 
 ENTRY = ShardEntry(rows=64, quarantined=1, tokens=4000, size=3, sha256="ab" * 32)
 
@@ -55,3 +67,37 @@ def test_saver_waits_between_saves(tmp_path: Path) -> None:
     assert not (tmp_path / MANIFEST).exists()
     ManifestSaver(manifest, tmp_path, every_s=0).save_if_due()
     assert Manifest.load(tmp_path) == manifest
+
+
+def test_a_run_is_deleted_though_a_straggler_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / "trajectories"
+    _file(directory, 0)
+    (directory / RUN_ID).write_text("old")
+    (directory / MANIFEST).write_text("{}")
+    (directory / "run.yaml").write_text("")
+    seen, rmtree = [], shutil.rmtree
+
+    def interrupted(path: Path) -> None:
+        """Of the first attempt the folder that was read is not empty any more."""
+        seen.append((read_run_id(directory), (directory / MANIFEST).exists()))
+        if len(seen) == 1:
+            _file(directory, 7)
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    delete_run(directory)
+    assert seen == [("", False)] * 2, "the id and the manifest are the first to go"
+    assert list(directory.iterdir()) == []
+    delete_run(tmp_path / "nowhere")
+
+
+def test_what_cannot_be_deleted_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _file(tmp_path, 0)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(PermissionError):
+        delete_run(tmp_path)

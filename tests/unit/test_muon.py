@@ -27,11 +27,12 @@ def muon(parameters, rate):
     return Muon(list(parameters)[:-1], list(parameters)[-1:], lr=rate, weight_decay=0.01, fused=True)
 
 
-def test_updates_are_those_of_torch():
+@pytest.mark.parametrize("decay", [0.1, 0.0, 2.0])
+def test_updates_are_those_of_torch(decay):
     ours, theirs = network(), network()
-    pair = [muon(ours, 0.02)]
+    pair = [Muon(list(ours)[:-1], list(ours)[-1:], matrix_decay=decay, lr=0.02, weight_decay=0.01, fused=True)]
     of_torch = [
-        torch.optim.Muon(list(theirs)[:-1], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(list(theirs)[:-1], lr=0.02, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(list(theirs)[-1:], lr=0.02, weight_decay=0.01, fused=True),
     ]
     for step in range(4):
@@ -70,6 +71,21 @@ def test_a_rate_that_is_a_tensor_is_read_at_each_step():
             optimizer.step()
     for mine, theirs in zip(ours, other, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_matrices_decay_by_the_papers_constant_unless_told_otherwise():
+    after = []
+    for options in ({}, {"matrix_decay": 0.1}, {"matrix_decay": 0.0}):
+        parameters = network()
+        set_gradients(parameters, 0)
+        Muon(list(parameters)[:-1], list(parameters)[-1:], lr=0.02, fused=True, **options).step()
+        after.append(list(parameters))
+    for told, default, without, start in zip(after[1], after[0], after[2], network(), strict=True):
+        assert torch.equal(told, default)
+        if start.ndim == 2:
+            torch.testing.assert_close(without - default, 0.02 * 0.1 * start)
+        else:
+            assert torch.equal(without, default)
 
 
 def test_a_loaded_state_goes_on_bit_for_bit():

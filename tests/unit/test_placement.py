@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
+from pipelines.placement import placement
 from unmask.config import ServeConfig
-from unmask.placement import Demand, NodeType, misfit, serve_demands, shortage, stage_demands
+from unmask.placement import Demand, NodeType, misfit, plan_line, serve_demands, shortage, stage_demands
 from unmask.recipe import load_recipe, parse, parse_recipe
 
 GPU = Demand(name="serve.target", resources={"CPU": 4, "GPU": 1}, labels={"role": "target"}, least=1, most=4)
@@ -42,6 +43,16 @@ def test_a_service_asks_for_the_models_that_it_has() -> None:
     assert names(has_draft=True) == ["target", "draft", "ingress"]
     assert names(diffusion="/d") == ["diffusion", "ingress"]
     assert names(diffusion="/d", diffusion_name="d") == ["target", "diffusion", "ingress"]
+
+
+def test_a_plan_says_where_every_process_of_the_stages_runs() -> None:
+    recipe = load_recipe("recipes/qwen3_8b_cluster.yaml")
+    assert placement(recipe, "evaluate") == "# evaluate: 8 x (8 CPU, 1 GPU on role=train)\n"
+    lines = placement(recipe).splitlines()
+    every = [demand for demands in stage_demands(recipe).values() for demand in demands]
+    assert lines == [plan_line(demand) for demand in every]
+    assert "# generate: 1 to 16 x (8 CPU, 1 GPU on role=generate)" in lines
+    assert any(line.startswith("# serve.draft: ") for line in lines)
 
 
 def test_the_demo_fits_a_laptop() -> None:

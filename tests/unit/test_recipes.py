@@ -77,6 +77,23 @@ def test_unreadable_recipes(tmp_path):
         load_recipe(broken)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("generate: {max_actors: 2}\ngenerate: {max_actors: 3}\n", "is not valid YAML: 'generate' is given twice"),
+        ("generate: {max_actors: 2, max_actors: 3}\n", "'max_actors' is given twice"),
+        ("generate: {}\n---\ndistill: {}\n", "holds several YAML documents"),
+    ],
+)
+def test_nothing_of_a_recipe_is_passed_over(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_digests_tell_configurations_apart():
     first, second = load_recipe("recipes/demo.yaml"), load_recipe("recipes/demo.yaml", ["generate.seed=1"])
     assert digest(first) == digest(load_recipe("recipes/demo.yaml"))

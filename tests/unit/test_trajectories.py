@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unmask.errors import UserError
-from unmask.manifest import Manifest, shard_path
+from unmask.manifest import RUN_ID, Manifest, shard_path
 from unmask.trajectories import (
     SCHEMA,
     inspect_shard,
@@ -141,6 +142,34 @@ def test_damaged_shard_is_replaced_by_the_same_bytes(run: Path) -> None:
     assert not shard_path(directory, 1, quarantine=True).exists()
     write_shard(directory, 5, [trajectory(2), trajectory(3)], [trajectory(90, "empty")])
     assert shard_path(directory, 5).read_bytes() == before
+
+
+def test_a_stragglers_shard_is_not_taken(tmp_path: Path) -> None:
+    """An actor of the run before writes after its run was started over, before the new id or after it."""
+    old, new = [trajectory(7)], [trajectory(2)]
+    (tmp_path / RUN_ID).write_text("old")
+    write_shard(tmp_path, 7, old, [], "old")
+    (tmp_path / RUN_ID).write_text("new")
+    assert inspect_shard(tmp_path, 7, "old")
+    assert inspect_shard(tmp_path, 7, "new") is None
+    manifest = Manifest()
+    manifest.reconcile(tmp_path, functools.partial(inspect_shard, run_id="new"))
+    assert not manifest.entries
+    assert not shard_path(tmp_path, 7).exists()
+
+    with pytest.raises(UserError, match="was started over by another run"):
+        write_shard(tmp_path, 7, old, [trajectory(9, "bad")], "old")
+    assert not list(tmp_path.rglob("*.parquet"))
+    assert not list(tmp_path.rglob("*.tmp"))
+    entry = write_shard(tmp_path, 7, new, [], "new")
+    with pytest.raises(UserError, match="was started over by another run"):
+        write_shard(tmp_path, 7, old, [], "old")
+    (tmp_path / RUN_ID).unlink()
+    with pytest.raises(UserError, match="was started over by another run"):
+        write_shard(tmp_path, 8, old, [], "old")
+    assert inspect_shard(tmp_path, 7, "new") == entry
+    Manifest({7: entry}).save(tmp_path)
+    assert list(read_trajectories(tmp_path)) == new
 
 
 def test_shard_of_quarantined_rows_only(tmp_path: Path) -> None:

@@ -49,17 +49,27 @@ def recording(own_step: Callable[[list], list], asked: list[tuple[int, int]]) ->
 @pytest.mark.slow
 def test_blocks_end_where_the_head_doubts_them(target: Path, tmp_path: Path, prompts, plain_texts) -> None:
     """Rows that cost the target time and are hardly ever accepted are not proposed; the text is the same."""
+    from vllm import SamplingParams
+
     draft = load_draft(make_draft(target, tmp_path / "draft"))
     head = ConfidenceHead(draft.config.hidden_size, draft.config.block_size - 1).requires_grad_(False)
     head.bias[:2], head.bias[2:] = 5, -9
     asked: list[tuple[int, int]] = []
+    bounds: list[float] = []
     with remote_engine(target, tmp_path) as remote:
         remote.link_options["adaptive_k"] = True
         server = DraftServer(draft, *load_vocabulary(target, torch.float32), SECRET, confidence=head)
-        server._engine.step = recording(server._engine.step, asked)
+        own_step = recording(server._engine.step, asked)
+        server._engine.step = lambda batch: (bounds.extend(step.min_chance for _, step in batch), own_step(batch))[1]
         remote.use(server)
         assert greedy(remote.llm, prompts, NUM_TOKENS) == plain_texts
         assert remote.link.status["failures"] == 0
+        assert max(bounds) > 0
+        # Of requests that are sampled the head knows nothing.
+        bounds.clear()
+        sampling = SamplingParams(temperature=0.7, seed=1, max_tokens=8, ignore_eos=True, detokenize=False)
+        remote.llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+    assert set(bounds) == {0.0}
     # What a row costs is known from the second step on, and a K is kept for sixteen.
     assert (K, 2) in asked
     assert asked.index((K, 2)) < 8

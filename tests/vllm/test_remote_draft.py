@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.vllm.remote_tools import SECRET, Blocks, LookupDraft, Remote, recorded_blocks, remote_engine
 from tests.vllm.vllm_tools import LAYER_IDS, MAX_MODEL_LEN, K, engine, greedy, make_draft
-from unmask.checkpoints import load_draft
+from unmask.checkpoints import load_draft, save_draft
 from unmask.config import EMBEDDED_TARGET
 from unmask.pairing.projection import Projection
 from unmask.pairing.server import DraftServer
@@ -81,6 +81,34 @@ def test_preempted_requests_start_over(target: Path, new_server, prompts, plain_
         assert greedy(small.llm, prompts[1:], NUM_TOKENS) == plain_texts[1:]
         assert small.link.status["failures"] == 0
     assert lookup.num_restarts > 0
+
+
+@pytest.fixture(scope="module")
+def speculators_dir(target: Path, draft_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same draft in speculators' layout."""
+    path = tmp_path_factory.mktemp("s") / "draft"
+    save_draft(load_draft(draft_dir), path, None, dtype=torch.float32, form="speculators", verifier=str(target))
+    return path
+
+
+def test_vllm_reads_no_causal_layer_from_the_speculators_form(speculators_dir: Path) -> None:
+    from vllm.model_executor.models.qwen3_dflash import _dflash_layer_causal
+    from vllm.transformers_utils.configs.speculators import SpeculatorsConfig
+
+    config = SpeculatorsConfig.from_pretrained(speculators_dir)
+    assert config.dflash_config["target_layer_ids"] == list(LAYER_IDS)
+    assert [_dflash_layer_causal(config, layer) for layer in range(config.num_hidden_layers)] == [False, False]
+
+
+@pytest.mark.slow
+def test_every_block_of_the_speculators_form_equals_native_dflash(
+    speculators_dir: Path, prompts, plain_texts, native_blocks: Blocks
+) -> None:
+    """The directory alone names target and draft, as for `vllm serve`."""
+    options = {"num_speculative_tokens": K}
+    with engine(speculators_dir, speculative_config=options) as llm, recorded_blocks(llm) as blocks:
+        assert greedy(llm, prompts[1:], NUM_TOKENS) == plain_texts[1:]
+    assert blocks == native_blocks
 
 
 def test_every_block_equals_native_dflash(

@@ -17,10 +17,11 @@ import pytest
 import pytest_asyncio
 from transformers import AutoTokenizer
 
+from engines import core_process, target_engine
 from engines.draft_arguments import RemoteDraftOptions
 from engines.offline_engine import EngineDiedError
 from engines.target_engine import TargetEngine, target_arguments
-from tests.vllm.vllm_tools import LAYER_IDS, K, engine, greedy, make_draft
+from tests.vllm.vllm_tools import LAYER_IDS, K, engine, greedy, make_draft, run_counted_core
 from unmask.capture import ACCEPTED, REJECTED, Capture, read_captured
 from unmask.checkpoints import load_draft
 from unmask.config import TargetConfig
@@ -168,12 +169,11 @@ async def test_a_draft_comes_goes_and_comes_back_without_changing_a_token(
     assert pairing.stats().num_drafts > drafts
 
 
-@pytest.mark.slow
-@pytest.mark.asyncio(loop_scope="module")
-async def test_finished_requests_are_captured_as_the_plain_loop_counts_them(
-    pairing: TargetEngine, draft: DraftProcess, target: Path, prompts, plain_texts, tmp_path: Path
+async def assert_captured(
+    pairing: TargetEngine, draft: DraftProcess, target: Path, prompts, plain_texts, folder: Path
 ) -> None:
-    capture = Capture(tmp_path, describe_target(target), max_bytes=2**20, flush_s=60)
+    """What is captured of finished requests is what the plain loop counts."""
+    capture = Capture(folder, describe_target(target), max_bytes=2**20, flush_s=60)
 
     async def ask(name: str, ids: list[int], options: SamplingOptions) -> None:
         async with aclosing(pairing.generate(name, ids, options, capture.add)) as deltas:
@@ -184,7 +184,7 @@ async def test_finished_requests_are_captured_as_the_plain_loop_counts_them(
     await asyncio.gather(*(ask(f"captured-{i}", ids, OPTIONS) for i, ids in enumerate(prompts)))
     await ask("closed", prompts[0], replace(OPTIONS, max_tokens=200))
     capture.stop()
-    rows = {tuple(row.prompt_ids): row for row in read_captured(tmp_path)}
+    rows = {tuple(row.prompt_ids): row for row in read_captured(folder)}
     assert capture.stats.written == len(rows) == len(prompts)
     loaded = load_draft(draft.path)
     loop = TargetModel.load(target, loaded.config.target_layer_ids)
@@ -197,6 +197,33 @@ async def test_finished_requests_are_captured_as_the_plain_loop_counts_them(
         anchors = itertools.accumulate((a + 1 for a in expected.accepted), initial=0)
         rejected = [s for s, a in zip(anchors, expected.accepted, strict=False) if a < K and s < len(text) - 1]
         assert row.meta[REJECTED] == rejected
+
+
+@pytest.mark.slow
+@pytest.mark.asyncio(loop_scope="module")
+async def test_finished_requests_are_captured_as_the_plain_loop_counts_them(
+    pairing: TargetEngine, draft: DraftProcess, target: Path, prompts, plain_texts, tmp_path: Path
+) -> None:
+    await assert_captured(pairing, draft, target, prompts, plain_texts, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.asyncio(loop_scope="module")
+async def test_requests_are_captured_where_vllm_does_not_tell_how_they_were_verified(
+    draft: DraftProcess, target: Path, prompts, plain_texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target_engine, "told_by_vllm", lambda: False)
+    monkeypatch.setattr(core_process, "_run_tied", run_counted_core)
+    options = RemoteDraftOptions(link_file=draft.link_file, layer_ids=LAYER_IDS, num_speculative_tokens=K)
+    pairing = TargetEngine(CONFIG, dtype="float32", max_num_seqs=4, draft=options)
+    draft.kill()
+    draft.start()
+    await pairing.start()
+    try:
+        await until_linked(pairing, 1)
+        await assert_captured(pairing, draft, target, prompts, plain_texts, tmp_path)
+    finally:
+        await pairing.stop()
 
 
 @pytest.mark.asyncio(loop_scope="module")

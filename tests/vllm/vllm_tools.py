@@ -97,3 +97,11 @@ def greedy(llm: Any, prompts: list[list[int]], num_tokens: int) -> list[list[int
     params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def run_counted_core(*args: Any, **kwargs: Any) -> None:
+    """The engine core of a vLLM that does not tell how requests were verified."""
+    from engines import core_process
+
+    core_process.told_by_vllm = lambda: False
+    core_process._run_tied(*args, **kwargs)

@@ -8,6 +8,7 @@ from typing import Literal
 from unmask.config.checks import require, require_labels, require_workers
 
 _RATES = {"adamw": 1.5e-3, "muon": 1.2e-2}
+_DECAYS = {"adamw": 0.01, "muon": 0.1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +23,7 @@ class DraftConfig:
     mask_token_id: int | None = None
     """None picks the first unused special id of the tokenizer."""
     init: Literal["target", "random"] = "target"
-    """`target` starts each block from a target block and `fc` from the last feature."""
+    """`target` starts each block from a target block and `fc` from the last feature; `random` is N(0, 0.02)."""
     go_on_from: str | None = None
     """A draft of this shape for this target whose weights training starts from, in place of `init`."""
 
@@ -59,11 +60,16 @@ class DistillConfig:
     beta: float = 0.0
     """Weight of the certainty-forcing term; 0 switches it off."""
     gate: Literal["right", "prefix_right", "target_relative"] = "right"
-    """Rows that are forced: right ones, right ones behind right ones, or right ones by the probability that they are
-    reached and never below the target's own entropy."""
+    """Rows that are forced: right ones, right ones behind right ones, or (`target_relative`) those whose argmax is that
+    of the target's distribution, by the probability that a verification reaches them, and never below the target's own
+    entropy."""
+    gate_temperature: float = 1.0
+    """Temperature at which the draft will be verified, for `target_relative`: a drafted token before the row is
+    accepted with the target's probability of it, at 0 if it is the target's most likely one."""
     certainty_start: float = 0.0
     """Share of the budget before which beta is 0; it then rises linearly over `certainty_ramp`."""
     certainty_ramp: float = 0.0
+    """Share of the budget, after `certainty_start` and within it, over which beta rises."""
     entropy_temperature: float = 0.5
     confidence_weight: float = 0.0
     """Weight of the confidence head's loss (it never reaches the draft); 0 trains none."""
@@ -77,7 +83,8 @@ class DistillConfig:
     warmup_fraction: float = 0.0
     decay_fraction: float = 0.4
     """Share of the budget over which the rate falls linearly to 0 (constant_then_linear)."""
-    weight_decay: float = 0.01
+    weight_decay: float | None = None
+    """Decoupled. None is 0.1 for the matrices that Muon takes and 0.01 for what AdamW takes; a value holds for both."""
     grad_clip: float = 1.0
     ema: float = 0.99
     """Decay of the averaged weights that are published; 0 switches averaging off."""
@@ -102,7 +109,7 @@ class DistillConfig:
     feature_cache_gb: float = 4.0
     """Target features are kept in memory up to this size and recomputed beyond it."""
     feature_cache_device: Literal["cpu", "training"] = "cpu"
-    """Where they are kept: host memory, or the memory of the training device."""
+    """Where they are kept: host memory (pinned, of a GPU's features), or the memory of the training device."""
     checkpoint_every_s: float = 60.0
     log_every_steps: int = 50
     max_failures: int = 2
@@ -137,8 +144,21 @@ class DistillConfig:
         )
         for name in ("certainty_start", "certainty_ramp"):
             require(0 <= getattr(self, name) <= 1, f"distill.{name}", "must be in [0, 1]")
-        for name in ("beta", "weight_decay", "feature_cache_gb", "max_failures", "confidence_weight"):
+        require(
+            self.certainty_start < 1,
+            "distill.certainty_start",
+            "must be below 1: the run is over before beta rises; lower it, or set beta to 0",
+        )
+        require(
+            # Decimal shares that add up to 1 may exceed it by a rounding.
+            self.certainty_start + self.certainty_ramp <= 1 + 1e-9,
+            "distill.certainty_ramp",
+            f"certainty_start + certainty_ramp = {self.certainty_start + self.certainty_ramp:g} exceeds 1: the run is "
+            "over before beta is reached; lower one of them",
+        )
+        for name in ("beta", "gate_temperature", "feature_cache_gb", "max_failures", "confidence_weight"):
             require(getattr(self, name) >= 0, f"distill.{name}", "must not be negative")
+        require(self.weight_decay is None or self.weight_decay >= 0, "distill.weight_decay", "must not be negative")
         for name in ("entropy_temperature", "grad_clip", "checkpoint_every_s", "cpus_per_worker"):
             require(getattr(self, name) > 0, f"distill.{name}", "must be positive")
         require(self.learning_rate is None or self.learning_rate > 0, "distill.learning_rate", "must be positive")
@@ -160,6 +180,10 @@ class DistillConfig:
     def chosen_optimizer(self) -> Literal["adamw", "muon"]:
         """`optimizer`, or what None stands for."""
         return self.optimizer or ("muon" if self.use_gpu else "adamw")
+
+    def decay_of(self, optimizer: Literal["adamw", "muon"]) -> float:
+        """`weight_decay` of the parameters that an optimiser takes, or what None stands for."""
+        return _DECAYS[optimizer] if self.weight_decay is None else self.weight_decay
 
     @property
     def highest_rate(self) -> float:

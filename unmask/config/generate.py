@@ -41,8 +41,8 @@ class GenerateConfig:
     reference: str = "answer"
     """The column to compare with: a number or a text that ends with one, or Python tests."""
     max_attempts: int = 2
-    """A shard whose engine dies this often is retried row by row, and a row with which it dies this often alone is
-    quarantined."""
+    """A shard that is in flight this often when an engine dies gets the engine alone, in ever smaller groups of its
+    rows, and a row with which the engine dies this often by itself is quarantined."""
     progress_every_s: float = 5.0
 
     def __post_init__(self) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from unmask.decoding.speculative import speculative_decode
 from unmask.evaluation.metrics import acceptance_length
-from unmask.models.dflash import DFlashDraft
-from unmask.models.target import TargetModel
 from unmask.types import SamplingOptions
+
+if TYPE_CHECKING:
+    from unmask.models.dflash import DFlashDraft
+    from unmask.models.target import TargetModel
 
 TOLERANCE = 0.03
 """Relative difference of acceptance lengths that numerics and the end of responses may make."""
@@ -38,6 +40,8 @@ class Served:
     accepted: Sequence[int]
     cached_tokens: int = 0
     """Prompt tokens that the engine took from its prefix cache."""
+    undrafted: int = 0
+    """Forwards behind the first for which the draft had proposed nothing."""
 
 
 def likely_cause(
@@ -59,16 +63,19 @@ def likely_cause(
         decode: ids to text, by the tokenizer that was evaluated with.
         shifted: `accepted_with_shift` of the first evaluated prompts, by the shift, 0 among them.
 
-    Every evaluated prompt was served.
+    Every evaluated prompt was served, once or several times.
     """
     if wrong := _wrong_prompts(evaluated, served, decode):
         return wrong
-    by_prompt = {tuple(one.prompt_ids): one for one in served}
-    matched = [(by_prompt[tuple(one.prompt_ids)], one.accepted) for one in evaluated]
-    cached = [(one.accepted, wanted) for one, wanted in matched if one.cached_tokens]
-    fresh = [(one.accepted, wanted) for one, wanted in matched if not one.cached_tokens]
+    wanted_of = {tuple(one.prompt_ids): one.accepted for one in evaluated}
+    pairs = [(one, wanted_of[tuple(one.prompt_ids)]) for one in served]
+    cached = [(one.accepted, wanted) for one, wanted in pairs if one.cached_tokens]
+    fresh = [(one.accepted, wanted) for one, wanted in pairs if not one.cached_tokens]
     if cached and _kept(cached) < 1 - TOLERANCE and (not fresh or _kept(fresh) > 1 - TOLERANCE):
         return "prefix cache: prompts taken from the cache gave the draft no features"
+    # Of a prompt that was served several times, the first: nothing of it was cached.
+    first = {tuple(one.prompt_ids): one for one in reversed(served)}
+    matched = [(first[tuple(one.prompt_ids)], one.accepted) for one in evaluated]
     if wrong := _wrong_layers(matched, shifted):
         return wrong
     beginnings, ends = zip(*(_halves(one.accepted, wanted) for one, wanted in matched), strict=True)
@@ -88,6 +95,10 @@ def accepted_with_shift(
     eos_ids: frozenset[int],
 ) -> list[list[int]]:
     """Accepted drafts of each verification of the greedy loop when features come from layers shifted by `shift`."""
+    # Here, so that who only reads a verdict does without torch.
+    from unmask.decoding.speculative import speculative_decode
+    from unmask.models.target import TargetModel
+
     other = TargetModel(target.model, [layer + shift for layer in draft.config.target_layer_ids])
     options = SamplingOptions(max_tokens=max_new_tokens)
     return [

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from unmask.config import DraftConfig
 from unmask.errors import CheckpointError
 from unmask.models.dflash import DFlashConfig, DFlashDraft, spread_layer_ids
+
+_STD = 0.02
+"""Of random weights: that of transformers' models."""
 
 
 def draft_sizes(target: Any, draft: DraftConfig, mask_token_id: int) -> DFlashConfig:
@@ -53,15 +57,24 @@ def new_draft(config: DFlashConfig, target: PreTrainedModel, init: str, seed: in
     """A draft with fresh float32 weights.
 
     `init="target"` copies the last target blocks, the final norm, and lets `fc` pass on the last feature, so that
-    training starts from a network that already reads the target's residual stream; `"random"` is the usual
-    initialisation, as in the paper.
+    training starts from a network that already reads the target's residual stream; `"random"` draws the weights of all
+    linear layers from N(0, 0.02), with biases of 0 and norms of 1, as in the paper.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         draft = DFlashDraft(config)
+        if init == "random":
+            draft.apply(_draw)
     if init == "target":
         _copy_target(draft, target)
     return draft
+
+
+def _draw(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=_STD)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def _copy_target(draft: DFlashDraft, target: PreTrainedModel) -> None:

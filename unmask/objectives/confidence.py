@@ -14,17 +14,27 @@ from unmask.objectives.row_losses import Rows
 
 
 class ConfidenceHead(nn.Module):
-    """A logit a row: a linear reading of its state, and an offset for its position."""
+    """A logit a row: a linear reading of its state, and an offset for its position.
 
-    def __init__(self, hidden_size: int, num_rows: int) -> None:
+    It learns how often rows match the text of trajectories. A verification accepts them as often if its request is
+    sampled as that text was, so that the chances hold for requests of its temperature alone.
+
+    Args:
+        temperature: of the text that it is trained on; None where that is not known.
+    """
+
+    def __init__(self, hidden_size: int, num_rows: int, temperature: float | None = None) -> None:
         super().__init__()
+        self.temperature = temperature
         self.weight = nn.Parameter(torch.zeros(hidden_size))
         self.bias = nn.Parameter(torch.zeros(num_rows))
 
     def forward(self, hidden_NKH: Tensor) -> Tensor:
         """Logits [N, K] (float32) that row k is accepted if rows before it are; K may be smaller than in training."""
-        states = F.normalize(hidden_NKH.detach().float(), dim=-1) * hidden_NKH.shape[-1] ** 0.5
-        return states @ self.weight + self.bias[: hidden_NKH.shape[-2]]
+        # Autocast would take the product in half precision, whose steps are coarser than the chances that are compared.
+        with torch.autocast(hidden_NKH.device.type, enabled=False):
+            states = F.normalize(hidden_NKH.detach().float(), dim=-1) * hidden_NKH.shape[-1] ** 0.5
+            return states @ self.weight + self.bias[: hidden_NKH.shape[-2]]
 
     def chances(self, hidden_NKH: Tensor) -> Tensor:
         """Chance [N, K] that each row of a block is accepted: that all before it are, and it is. It never rises."""

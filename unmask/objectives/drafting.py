@@ -100,15 +100,14 @@ def certainty_gates(kind: Gate, rows: Rows, valid_NK: Tensor) -> Tensor:
     """How much of the certainty term each row carries (float32 [N, K], no gradient).
 
     `right`: rows whose argmax is right (dParallel, arXiv 2509.26488). `prefix_right`: if all rows before are right
-    too. `target_relative`: right rows by the probability that a verification reaches them; its term is the entropy
-    above the target's own (`RowObjective.relative`).
+    too. `target_relative`: r_k * g_k with g_k = 1[argmax q_k = argmax p_k] and r_k = prod_{j < k} a_j, the probability
+    that a verification reaches row k, a_j = `Rows.acceptance`; its term is the entropy above the target's own
+    (`RowObjective.relative`), whose p this is.
     """
+    if kind == "target_relative":
+        return _before(rows.acceptance * valid_NK) * (rows.agrees & valid_NK)
     right = (rows.right & valid_NK).float()
-    if kind == "right":
-        return right
-    if kind == "prefix_right":
-        return right.cumprod(-1)
-    return _before(rows.confidence.detach() * valid_NK) * right
+    return right if kind == "right" else right.cumprod(-1)
 
 
 def _before(values_NK: Tensor) -> Tensor:

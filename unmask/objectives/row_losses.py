@@ -7,7 +7,7 @@ draft's distribution, p the target's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -28,7 +28,9 @@ class RowObjective:
     temperature: float = 0.5
     """T of the certainty term."""
     relative: bool = False
-    """The certainty term is [H_T(q) - H_T(p)]_+ in place of H_T(q)."""
+    """The certainty term is [H_T(q) - H_T(p)]_+ in place of H_T(q), and rows are compared with p (`Rows.agrees`)."""
+    verified_at: float = 1.0
+    """Temperature at which drafted tokens are verified, for `Rows.acceptance`."""
 
     @property
     def needs_target(self) -> bool:
@@ -38,18 +40,31 @@ class RowObjective:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Per-row figures, float32 (bool for `right`); `loss` and `entropy` may carry gradients."""
+    """Per-row figures, float32 (bool for `right` and `agrees`); `loss` and `entropy` may carry gradients.
+
+    The drafted token is argmax q. In `agrees` and `acceptance` p is the target's distribution if the objective is
+    relative to it and its logits are given; else p is one at the text's token.
+    """
 
     loss: Tensor
     entropy: Tensor
     right: Tensor
-    """Whether the argmax is the target's token: the row is accepted at temperature 0 if all before it are."""
+    """Whether the drafted token is the text's: in greedy text the row is accepted if all before it are."""
     confidence: Tensor
-    """q of the target's token."""
+    """q of the text's token."""
+    agrees: Tensor
+    """Whether argmax q = argmax p."""
+    acceptance: Tensor
+    """Probability that the drafted token is accepted: p(argmax q) at `RowObjective.verified_at`, at 0 whether it
+    agrees."""
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """The figures in the order of the fields."""
+        return tuple(getattr(self, field.name) for field in fields(self))
 
     def view(self, *shape: int) -> Rows:
         """The same rows in another shape."""
-        return Rows(*(part.view(shape) for part in (self.loss, self.entropy, self.right, self.confidence)))
+        return Rows(*(part.view(shape) for part in self.parts()))
 
 
 def row_losses(logits_NV: Tensor, labels_N: Tensor, target_NV: Tensor | None, objective: RowObjective) -> Rows:
@@ -75,7 +90,10 @@ def row_losses(logits_NV: Tensor, labels_N: Tensor, target_NV: Tensor | None, ob
         entropy = _entropy(logits, objective.temperature)
         if objective.relative:
             entropy = (entropy - _entropy(_known(target_NV).float(), objective.temperature)).relu()
-    return Rows(loss, entropy, logits.detach().argmax(-1) == labels_N, label_log_q.detach().exp())
+    drafted = logits.detach().argmax(-1)
+    right = drafted == labels_N
+    judged = _judged(drafted, right, target_NV, objective)
+    return Rows(loss, entropy, right, label_log_q.detach().exp(), *judged)
 
 
 def row_gradients(
@@ -116,13 +134,31 @@ def row_gradients(
             gradient = gradient * (entropy > 0).float()[:, None]
             entropy = entropy.relu()
         gradients.append(gradient.to(logits_NV.dtype))
-    return Rows(loss, entropy, logits.argmax(-1) == labels_N, label_log_q.exp()), gradients
+    drafted = logits.argmax(-1)
+    right = drafted == labels_N
+    judged = _judged(drafted, right, target_NV, objective)
+    return Rows(loss, entropy, right, label_log_q.exp(), *judged), gradients
 
 
 def _known(target_NV: Tensor | None) -> Tensor:
     if target_NV is None:
         raise ValueError("this objective needs the target's logits")
     return target_NV
+
+
+def _judged(
+    drafted_N: Tensor, right_N: Tensor, target_NV: Tensor | None, objective: RowObjective
+) -> tuple[Tensor, Tensor]:
+    """`agrees` and `acceptance` of `Rows`."""
+    # Only the relative gate reads them, and another pass over the target's logits is a tenth of the default's rows.
+    if target_NV is None or not objective.relative:
+        return right_N, right_N.float()
+    agrees = drafted_N == target_NV.argmax(-1)
+    if objective.verified_at == 0:
+        return agrees, agrees.float()
+    target = target_NV.float()
+    log_p = (target if objective.verified_at == 1 else target / objective.verified_at).log_softmax(-1)
+    return agrees, log_p.gather(-1, drafted_N[:, None])[:, 0].exp()
 
 
 def _kl_share(loss: LossName, overlap_N: Tensor) -> Tensor:

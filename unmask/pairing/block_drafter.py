@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unmask.errors import PairingError
 from unmask.masking.anchored import context_mask
-from unmask.models.dflash import DFlashDraft
+from unmask.models.dflash import DFlashConfig, DFlashDraft
 from unmask.objectives.confidence import ConfidenceHead
 from unmask.pairing.context_cache import ContextCache
 from unmask.pairing.page_tables import PageTable
+
+warn_once = cache(logging.getLogger(__name__).warning)
+"""Say the same thing once a process: drafts come and go."""
 
 _LOGITS_PER_CHUNK = {"cpu": 2**26, "cuda": 2**28}
 """The head is applied to as many rows at a time as keep the logits below this number."""
@@ -29,6 +36,8 @@ class BlockDrafter:
 
     in_place = False
     """Whether `adopt` can put other weights into the ones that are used."""
+    uses_confidence = True
+    """Whether blocks end where a confidence head doubts them."""
 
     def __init__(
         self,
@@ -81,6 +90,32 @@ class BlockDrafter:
     def _ids(self, states_BKH: Tensor) -> np.ndarray:
         ids = most_likely(states_BKH.flatten(0, 1), self._lm_head)
         return ids.view(states_BKH.shape[:2]).to("cpu", torch.int32).numpy()
+
+
+def head_for(config: DFlashConfig, head: ConfidenceHead | None) -> ConfidenceHead | None:
+    """The confidence head if it can be used; one that was trained on sampled text is not, with a warning.
+
+    Targets name a chance for steps of greedy requests alone.
+
+    Raises:
+        PairingError: it is the head of another draft.
+    """
+    if head is None:
+        return None
+    sizes, wanted = (len(head.weight), len(head.bias)), (config.hidden_size, config.block_size - 1)
+    if sizes != wanted:
+        raise PairingError(
+            f"the confidence head is for {sizes[0]} states and {sizes[1]} rows, the draft has {wanted[0]} and "
+            f"{wanted[1]}; publish them together",
+            field="confidence",
+        )
+    if head.temperature:
+        warn_once(
+            f"the draft's confidence head was trained on text of temperature {head.temperature:g} and says nothing of "
+            "greedy requests: it is not used, blocks are proposed whole"
+        )
+        return None
+    return head
 
 
 def most_likely(hidden_NH: Tensor, lm_head: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from unmask.errors import PairingError, WireError
 from unmask.models.dflash import DFlashDraft
 from unmask.objectives.confidence import ConfidenceHead
 from unmask.pairing.ahead_step import AheadStep, Booking
-from unmask.pairing.block_drafter import BlockDrafter
+from unmask.pairing.block_drafter import BlockDrafter, head_for, warn_once
 from unmask.pairing.context_cache import ContextCache
 from unmask.pairing.graphed_blocks import GraphedBlocks, halvings
 from unmask.pairing.hello import Hello, draft_version, hello_of
@@ -46,7 +46,7 @@ class DraftEngine:
         lm_head: the target's LM head [V, H].
         record: the target that the draft was trained for, where it is recorded.
         confidence: the draft's confidence head, if it has one. It cuts blocks for targets that say what a row must be
-            worth; on a GPU, where a step verifies equally many rows of all requests, it is not used.
+            worth, unless it was trained on sampled text; a draft on a GPU does without it. Either is logged.
         memory_mb: bound of the context cache in MiB.
         page_size: positions per cache page.
         graph_ks: on a GPU, the Ks to record graphs for ahead of serving; None is block size - 1 and its halvings.
@@ -77,7 +77,9 @@ class DraftEngine:
         self.proposals_with_gap = 0
         """Blocks that were drafted without all of their context."""
         self._cache = self._new_cache(draft)
+        confidence = head_for(draft.config, confidence)
         self._draft, self._blocks = draft, self._new_blocks(draft, self._cache, confidence)
+        self._tell_of(confidence)
         self.hello: Hello = hello_of(draft, draft_version(draft), record)
 
     def swap(
@@ -106,6 +108,7 @@ class DraftEngine:
                 field="dflash_config.target_layer_ids",
             )
         self._check_vocabulary(draft)
+        confidence = head_for(config, confidence)
         # The fingerprint reads all weights, and graphs take seconds to record: not while steps wait.
         hello = hello_of(draft, draft_version(draft), record)
         move_beside(draft, self.weights.device)
@@ -123,6 +126,7 @@ class DraftEngine:
             cache.tables.clear()
             self.hello = hello
             self.swaps += 1
+        self._tell_of(confidence)
         return self.version
 
     @property
@@ -254,6 +258,10 @@ class DraftEngine:
                 field="vocab_size",
             )
 
+    def _tell_of(self, confidence: ConfidenceHead | None) -> None:
+        if confidence is not None and not self._blocks.uses_confidence:
+            warn_once("the draft's confidence head is not used on a GPU: blocks are proposed whole")
+
     def _new_cache(self, draft: DFlashDraft) -> ContextCache:
         self._check_vocabulary(draft)
         weight, config = draft.fc.weight, draft.config
@@ -268,14 +276,6 @@ class DraftEngine:
         )
 
     def _new_blocks(self, draft: DFlashDraft, cache: ContextCache, confidence: ConfidenceHead | None) -> BlockDrafter:
-        config = draft.config
-        sizes = (config.hidden_size, config.block_size - 1)
-        if confidence is not None and (len(confidence.weight), len(confidence.bias)) != sizes:
-            raise PairingError(
-                f"the confidence head is for {len(confidence.weight)} states and {len(confidence.bias)} rows, the "
-                f"draft has {sizes[0]} and {sizes[1]}; publish them together",
-                field="confidence",
-            )
         if not draft.fc.weight.is_cuda:
             return BlockDrafter(draft.eval(), self._embedding, self._lm_head, cache, confidence)
         blocks = GraphedBlocks(draft.eval(), self._embedding, self._lm_head, cache)

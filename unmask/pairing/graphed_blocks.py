@@ -42,6 +42,7 @@ class GraphedBlocks(BlockDrafter):
     """
 
     in_place = True
+    uses_confidence = False
 
     def __init__(
         self,

@@ -91,7 +91,7 @@ class _ChunkedRows(torch.autograd.Function):
             rows.append(done)
             kept.append([gradient @ head_VH for gradient in gradients])
         ctx.save_for_backward(*(torch.cat(parts) for parts in zip(*kept, strict=True)))
-        outputs = [torch.cat([getattr(r, name) for r in rows]) for name in ("loss", "entropy", "right", "confidence")]
+        outputs = [torch.cat(parts) for parts in zip(*(r.parts() for r in rows), strict=True)]
         ctx.mark_non_differentiable(*outputs[2:])
         return tuple(outputs)
 

@@ -41,7 +41,8 @@ class DraftTrainer:
     """Trains a draft on cached features.
 
     Batches, anchors and negatives are functions of seed, step and row of the step, so `step` is the whole data state,
-    and any number of ranks takes the same steps. Nothing in a step makes the host wait for the device.
+    and any number of ranks takes the same steps. Nothing in a step whose features are kept makes the host wait for the
+    device.
 
     Args:
         draft: float32 master weights, on the training device; a data-parallel wrapper goes into `module`.
@@ -90,7 +91,7 @@ class DraftTrainer:
     def _new_optimizer(self) -> torch.optim.Optimizer:
         options: dict[str, Any] = {
             "lr": self._rate,
-            "weight_decay": self.config.weight_decay,
+            "weight_decay": self.config.decay_of("adamw"),
             "fused": True,
             "capturable": self.config.cuda_graph,
         }
@@ -99,7 +100,8 @@ class DraftTrainer:
         matrices = [p for p in self.draft.parameters() if p.ndim == 2]
         chosen = {id(p) for p in matrices}
         others = [p for p in self._trained if id(p) not in chosen]
-        return Muon(matrices, others, Deal(self.sequences.rank, self.world_size, self.reduce), **options)
+        deal = Deal(self.sequences.rank, self.world_size, self.reduce)
+        return Muon(matrices, others, deal, matrix_decay=self.config.decay_of("muon"), **options)
 
     def _new_recording(self) -> RecordedStep:
         """Steps as a graph, whose learning rate and beta are inputs like the blocks and their features."""
@@ -258,6 +260,7 @@ def row_objective(config: DistillConfig) -> RowObjective:
         entropy=config.beta > 0,
         temperature=config.entropy_temperature,
         relative=config.gate == "target_relative",
+        verified_at=config.gate_temperature,
     )
 
 

@@ -10,9 +10,14 @@ from torch import Tensor
 from unmask.models.target import TargetModel
 from unmask.training.sequences import Batch, SequenceSet
 
+_SLAB_BYTES = 2**30
+"""The most pinned memory asked for at once; its allocator rounds up to powers of two."""
+
 
 class FeatureCache:
     """Features [T, D * H] by sequence, computed online and kept up to a bound.
+
+    Those of a GPU that are kept in host memory are pinned there: a step copies them without waiting for the device.
 
     Args:
         target: the frozen target, on the training device.
@@ -42,6 +47,9 @@ class FeatureCache:
         self._starts: dict[int, int] = {}
         """Where the rows of each sequence that is kept begin in `_rows`, if they are kept on the target's device."""
         self._used = 0
+        """Rows in use, of `_rows` or of pinned memory."""
+        self._slab: Tensor | None = None
+        """Pinned rows that are still free."""
 
     def warm_up(self) -> int:
         """Fill the cache in batches of sequences of like length; returns the number of sequences kept."""
@@ -60,7 +68,7 @@ class FeatureCache:
         for indices in self._batches(missing):
             fresh |= zip(indices, self._compute(indices), strict=True)
         features = [self.kept[i] if i in self.kept else fresh[i] for i in batch.indices]
-        return batch.lay_out(features).to(self.target.device, non_blocking=True)
+        return batch.lay_out(features, self.target.device)
 
     def _gathered(self, rows: Tensor, batch: Batch) -> Tensor:
         """The same by one operation, whatever the number of sequences; row 0 is zero."""
@@ -68,9 +76,7 @@ class FeatureCache:
         for index, (row, start), length in zip(batch.indices, batch.places, batch.lengths, strict=True):
             first = self._starts[index]
             torch.arange(first, first + length, out=chosen[row, start : start + length])
-        if rows.is_cuda:
-            chosen = chosen.pin_memory()
-        return rows[chosen.to(rows.device, non_blocking=True)]
+        return rows[self._moved(chosen)]
 
     def _batches(self, indices: Iterable[int]) -> Iterator[list[int]]:
         """Sequences of like length, the shortest first, as many as one forward takes."""
@@ -95,11 +101,10 @@ class FeatureCache:
 
     def _stored(self, index: int, features: Tensor) -> Tensor:
         if self.keep_on.type != self.target.device.type:
-            return features.to(self.keep_on)
+            place = self._pinned(features) if features.is_cuda else torch.empty_like(features, device=self.keep_on)
+            return place.copy_(features)
         if self._rows is None:
-            most = self.max_bytes // (features.shape[1] * features.element_size())
-            tokens = sum(len(sequence.ids) for sequence in self.sequences.sequences)
-            self._rows = features.new_zeros(1 + min(tokens, most), features.shape[1])
+            self._rows = features.new_zeros(1 + self._most_rows(features), features.shape[1])
             self._used = 1
         place = self._rows[self._used : self._used + len(features)]
         place.copy_(features)
@@ -107,10 +112,32 @@ class FeatureCache:
         self._used += len(features)
         return place
 
+    def _pinned(self, features: Tensor) -> Tensor:
+        """Free rows of pinned memory for them."""
+        length, width = features.shape
+        if self._slab is None or len(self._slab) < length:
+            row_bytes = width * features.element_size()
+            left = max(1, (self._most_rows(features) - self._used) * row_bytes)
+            slab_bytes = min(_SLAB_BYTES, 2 ** (left.bit_length() - 1))
+            self._slab = torch.empty(max(length, slab_bytes // row_bytes), width, dtype=features.dtype, pin_memory=True)
+        place, self._slab = self._slab[:length], self._slab[length:]
+        self._used += length
+        return place
+
+    def _most_rows(self, features: Tensor) -> int:
+        """Rows of all sequences, or as many as the bound allows."""
+        tokens = sum(len(sequence.ids) for sequence in self.sequences.sequences)
+        return min(tokens, self.max_bytes // (features.shape[1] * features.element_size()))
+
     def _compute(self, indices: list[int]) -> list[Tensor]:
         batch = self.sequences.padded(indices)
-        ids = batch.ids_BT.to(self.target.device)
-        mask = torch.arange(ids.shape[1]) < torch.tensor(batch.lengths)[:, None]
-        features = self.target.features(ids, mask.to(ids.device).long(), final=self.final)
+        mask = (torch.arange(batch.ids_BT.shape[1]) < torch.tensor(batch.lengths)[:, None]).long()
+        ids, mask = (self._moved(tensor) for tensor in (batch.ids_BT, mask))
+        features = self.target.features(ids, mask, final=self.final)
         # Cloned row by row: a view would keep the whole padded batch alive.
         return [features[row, :length].clone() for row, length in enumerate(batch.lengths)]
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """It on the target's device, without waiting for that."""
+        pinned = tensor.pin_memory() if self.target.device.type == "cuda" else tensor
+        return pinned.to(self.target.device, non_blocking=True)

@@ -14,7 +14,6 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration: steep at zero, so that a few rounds bring all singular values near one."""
 _ROUNDS = 5
 _MOMENTUM = 0.95
-_DECAY = 0.1
 _RMS = 0.2
 """Of an update by AdamW, which those of Muon are brought to: both can then have one learning rate."""
 
@@ -44,7 +43,7 @@ class Deal:
 
 class Muon(torch.optim.AdamW):
     """Momentum whose matrices are made orthogonal (K. Jordan, 2024), scaled to AdamW's updates and with decoupled
-    weight decay of 0.1 (Liu et al., arXiv 2502.16982, eq. 4); AdamW takes the other parameters.
+    weight decay (Liu et al., arXiv 2502.16982, eq. 4); AdamW takes the other parameters.
 
     The same update as `torch.optim.Muon`, which takes one matrix after another and reads its rate on the host. This one
     takes all matrices of a shape together, and its rate may be a tensor, so that a CUDA graph can hold the step.
@@ -54,16 +53,24 @@ class Muon(torch.optim.AdamW):
         matrices: parameters [A, B] of hidden layers.
         others: norms, biases, embeddings, heads.
         deal: of several ranks.
-        adamw: arguments of `torch.optim.AdamW`; `lr` is that of both.
+        matrix_decay: weight decay of the matrices; 0.1 is the paper's. It is no part of the state: a run that goes on
+            decays as it is told now.
+        adamw: arguments of `torch.optim.AdamW`; `lr` is that of both, `weight_decay` that of the others.
 
     Raises:
         ValueError: `matrices` holds something else.
     """
 
     def __init__(
-        self, matrices: Iterable[Tensor], others: Iterable[Tensor], deal: Deal | None = None, **adamw: Any
+        self,
+        matrices: Iterable[Tensor],
+        others: Iterable[Tensor],
+        deal: Deal | None = None,
+        *,
+        matrix_decay: float = 0.1,
+        **adamw: Any,
     ) -> None:
-        self._deal = deal or Deal()
+        self._deal, self._matrix_decay = deal or Deal(), matrix_decay
         groups = [{"params": list(matrices), "orthogonal": True}, {"params": list(others), "orthogonal": False}]
         super().__init__([group for group in groups if group["params"]], **adamw)
         if any(p.ndim != 2 for group in self.param_groups if group["orthogonal"] for p in group["params"]):
@@ -87,7 +94,7 @@ class Muon(torch.optim.AdamW):
             updates = self._deal.orthogonal(wide, dealt).to(wide.dtype) * (-_RMS * math.sqrt(longer) * rate)
             dealt += len(pairs)
             for (matrix, _), update in zip(pairs, updates.unbind(), strict=True):
-                _widened(matrix).mul_(1 - rate * _DECAY).add_(update)
+                _widened(matrix).mul_(1 - rate * self._matrix_decay).add_(update)
 
     def _direction(self, matrix: Tensor) -> Tensor:
         """Nesterov's, of a gradient that is used up."""

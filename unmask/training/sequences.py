@@ -46,11 +46,12 @@ class Batch:
     places: tuple[tuple[int, int], ...] = ()
     """Row and first column of each sequence."""
 
-    def lay_out(self, states: Sequence[Tensor]) -> Tensor:
-        """Per-sequence states [length, F] where their tokens are: [B, T, F], zero elsewhere."""
-        laid = states[0].new_zeros(*self.ids_BT.shape, states[0].shape[-1])
+    def lay_out(self, states: Sequence[Tensor], device: torch.device) -> Tensor:
+        """Per-sequence states [length, F], wherever they are, where their tokens are: [B, T, F] on `device`, zero
+        elsewhere. Pinned ones are copied without waiting for the device."""
+        laid = states[0].new_zeros(*self.ids_BT.shape, states[0].shape[-1], device=device)
         for of_sequence, (row, start) in zip(states, self.places, strict=True):
-            laid[row, start : start + len(of_sequence)] = of_sequence
+            laid[row, start : start + len(of_sequence)].copy_(of_sequence, non_blocking=True)
         return laid
 
 

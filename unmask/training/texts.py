@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _SCHEMA = pa.schema([("prompt_ids", pa.list_(pa.int32())), ("response_ids", pa.list_(pa.int32()))])
 _REPORTED = 100
+_ROWS_A_GROUP = 4096
+"""Rows that are held at a time: a source may be larger than memory."""
 
 
 def read_trajectory_texts(run_dir: Path, *, verified: bool, response_length: int | None = None) -> list[TokenSequence]:
@@ -69,29 +72,43 @@ def stage_texts(config: AdaptConfig, builder: PromptBuilder, tokenizer: Any, pat
     if path.is_file():
         return pq.read_metadata(path).num_rows
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept: list[dict[str, list[int]]] = []
-    rejected: list[dict[str, Any]] = []
-    for row in prompt_rows(config.data):
+    rejected, reported = 0, []
+    with atomic_path(path) as temporary:
+        with pq.ParquetWriter(temporary, _SCHEMA, compression="zstd") as writer:
+            kept, source = 0, prompt_rows(config.data)
+            while rows := list(itertools.islice(source, _ROWS_A_GROUP)):
+                texts, errors = _tokenised(rows, config, builder, tokenizer)
+                writer.write_table(pa.Table.from_pylist(texts, schema=_SCHEMA))
+                kept, rejected = kept + len(texts), rejected + len(errors)
+                reported += errors[: _REPORTED - len(reported)]
+        write_json(path.with_name("rejected.json"), {"count": rejected, "rows": reported})
+        if not kept:
+            first = f", the first because {reported[0]['error']}" if reported else ""
+            raise UserError(f"none of {rejected} rows can be used{first}", field="adapt.data.source")
+    if rejected:
+        logger.warning("%d rows cannot be used, the first because %s", rejected, reported[0]["error"])
+    return kept
+
+
+def _tokenised(
+    rows: Sequence[PromptRow], config: AdaptConfig, builder: PromptBuilder, tokenizer: Any
+) -> tuple[list[dict[str, list[int]]], list[dict[str, Any]]]:
+    """The texts of those rows that can be used, and why the others cannot."""
+    texts, errors = [], []
+    for row in rows:
         try:
             prompt_ids = list(builder.build(row).ids)
-            kept.append({"prompt_ids": prompt_ids, "response_ids": _response_ids(row, config, builder, tokenizer)})
+            texts.append({"prompt_ids": prompt_ids, "response_ids": _response_ids(row, config, builder, tokenizer)})
         except PromptError as error:
-            rejected.append({"index": row.index, "error": str(error)})
-    if rejected:
-        logger.warning("%d rows cannot be used, the first because %s", len(rejected), rejected[0]["error"])
-    write_json(path.with_name("rejected.json"), {"count": len(rejected), "rows": rejected[:_REPORTED]})
-    if not kept:
-        first = f", the first because {rejected[0]['error']}" if rejected else ""
-        raise UserError(f"none of {len(rejected)} rows can be used{first}", field="adapt.data.source")
-    with atomic_path(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(kept, schema=_SCHEMA), temporary, compression="zstd")
-    return len(kept)
+            errors.append({"index": row.index, "error": str(error)})
+    return texts, errors
 
 
 def read_texts(path: Path) -> Iterator[TokenSequence]:
     """What `stage_texts` wrote."""
-    for row in pq.read_table(path).to_pylist():
-        yield TokenSequence(tuple(row["prompt_ids"] + row["response_ids"]), len(row["prompt_ids"]))
+    for batch in pq.ParquetFile(path).iter_batches(_ROWS_A_GROUP):
+        for row in batch.to_pylist():
+            yield TokenSequence(tuple(row["prompt_ids"] + row["response_ids"]), len(row["prompt_ids"]))
 
 
 def _response_ids(row: PromptRow, config: AdaptConfig, builder: PromptBuilder, tokenizer: Any) -> list[int]:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unmask.files import atomic_directory, verify_directory
+from unmask.files import CHECKSUMS, atomic_directory, sha256_file, verify_directory
 from unmask.tensor_files import save_tensors
 
 _TENSORS = "state.safetensors"
@@ -62,13 +63,47 @@ def save_state(directory: Path, trainer: Trainer, meta: dict[str, Any], keep: in
 
 def resume_state(directory: Path, trainer: Trainer) -> dict[str, Any] | None:
     """Load the newest checkpoint whose checksums hold; its meta, or None if there is none."""
-    for path in reversed(_steps(directory)):
-        if not verify_directory(path):
-            continue
-        meta = json.loads((path / _META).read_text())
-        trainer.load_state_dict(_unflatten(load_file(path / _TENSORS), trainer) | {"steps_done": meta["steps_done"]})
-        return meta
-    return None
+    path = _newest(directory)
+    return None if path is None else _load(path, trainer)
+
+
+def resume_same_state(
+    directory: Path, trainer: Trainer, rank: int, group: dist.ProcessGroup | None
+) -> dict[str, Any] | None:
+    """`resume_state` of the first rank's newest checkpoint, on every rank; each must call it.
+
+    Ranks on several hosts may see shared storage at different times: each one's own newest need not be the same one,
+    and ranks of different states would go on without an error.
+
+    Args:
+        group: all ranks, on a backend that takes CPU tensors; None where there is only one.
+
+    Raises:
+        OSError: this rank does not find the first rank's checkpoint, or not the same content in it.
+    """
+    if group is None:
+        return resume_state(directory, trainer)
+    path = _newest(directory) if rank == 0 else None
+    # The checksums stand for all of the content.
+    chosen: list[Any] = [None if path is None else (path.name, sha256_file(path / CHECKSUMS))]
+    dist.broadcast_object_list(chosen, src=0, group=group)
+    if chosen[0] is None:
+        return None
+    name, checksum = chosen[0]
+    path = directory / name
+    if rank and not (verify_directory(path) and sha256_file(path / CHECKSUMS) == checksum):
+        raise OSError(f"rank {rank} does not find in '{path}' what the first rank goes on from")
+    return _load(path, trainer)
+
+
+def _newest(directory: Path) -> Path | None:
+    return next((path for path in reversed(_steps(directory)) if verify_directory(path)), None)
+
+
+def _load(path: Path, trainer: Trainer) -> dict[str, Any]:
+    meta = json.loads((path / _META).read_text())
+    trainer.load_state_dict(_unflatten(load_file(path / _TENSORS), trainer) | {"steps_done": meta["steps_done"]})
+    return meta
 
 
 def _steps(directory: Path) -> list[Path]:

@@ -106,7 +106,10 @@ def test_a_diffusion_lm_takes_the_targets_place_unless_it_has_a_name(options: di
     serve = ServeConfig(**options)
     assert {demand.name for demand in serve_demands(serve, has_draft=False)} == roles | {"serve.ingress"}
     shown = plan(Recipe(serve=serve))
-    assert ("# target" in shown, "# diffusion" in shown) == ("serve.target" in roles, "serve.diffusion" in roles)
+    assert ("# serve.target:" in shown, "# serve.diffusion:" in shown) == (
+        "serve.target" in roles,
+        "serve.diffusion" in roles,
+    )
     again = parse_args(asdict(serve))
     assert again.serve == serve
     assert diffusion_options(again)["max_ongoing_requests"] == 32
