@@ -12,7 +12,7 @@ import pytest
 
 from unmask.capture import ACCEPTED, CACHED, read_captured
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(700)]
 
 ROOT = Path(__file__).parents[2]
 OVERRIDES = (
@@ -31,8 +31,15 @@ def test_the_gate_lets_through_what_was_evaluated(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipelines.run", "recipes/demo.yaml", f"run_dir={tmp_path}", *OVERRIDES]
     # Products in full float32: text is compared token for token with the plain loop's.
     exact = {"NVIDIA_TF32_OVERRIDE": "0", "TRITON_F32_DEFAULT": "ieee"}
-    ended = subprocess.run(command, cwd=ROOT, env=os.environ | exact, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-6000:]
+    said = tmp_path / "said.log"
+    with said.open("w") as log:
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, env=os.environ | exact, stdout=log, stderr=log, timeout=640, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+    assert code == 0, said.read_text()[-8000:]
     served = json.loads((tmp_path / "report.json").read_text())["serve"]
     assert served["requests"] == served["identical"] == 2 * served["draft_killed_identical"]
     assert served["draft_returned"]
