@@ -21,6 +21,7 @@ _DECIDED_ELSEWHERE = {
     "load_format": "Unmask, which reads safetensors only",
     "trust_remote_code": "Unmask, which never runs code from a model repository",
     "disable_log_stats": "Unmask",
+    "per_request_spec_decode_metrics": "Unmask, which counts what is accepted of every request",
 }
 
 PLACEMENT = frozenset(

@@ -73,7 +73,7 @@ def target_arguments(
     if draft is None:
         return arguments
     if told_by_vllm():
-        arguments.setdefault("per_request_spec_decode_metrics", "detailed")
+        arguments["per_request_spec_decode_metrics"] = "detailed"
     return with_remote_draft(arguments, draft, host_runner(on_gpu))
 
 

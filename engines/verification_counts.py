@@ -86,12 +86,13 @@ def _counts_of(scheduler: Any) -> dict[str, tuple[list[int], list[int]]]:
 
 def _tell(scheduler: Scheduler, told: Mapping[int, Any]) -> None:
     """Put the counts of requests that have ended into their last outputs."""
-    counts = _counts_of(scheduler)
+    if not (counts := _counts_of(scheduler)):
+        return
     for output in itertools.chain.from_iterable(outputs.outputs for outputs in told.values()):
         if output.finish_reason is not None and output.request_id in counts:
             output.kv_transfer_params = (output.kv_transfer_params or {}) | {_FIELD: counts.pop(output.request_id)}
     # Those that were aborted have no last output.
-    for request_id in counts.keys() - scheduler.requests.keys():
+    for request_id in [request_id for request_id in counts if request_id not in scheduler.requests]:
         del counts[request_id]
 
 
@@ -101,7 +102,7 @@ def verifications_of(output: Any) -> tuple[list[int], list[int]] | None:
     None if nobody counted: the request is not finished, or no verification was made.
     """
     metrics = getattr(output.outputs[0], "spec_decode_metrics", None)
-    if metrics is not None and metrics.per_step_accepted is not None:
+    if metrics is not None:
         return list(metrics.per_step_accepted), list(metrics.per_step_drafted)
     counted = (output.kv_transfer_params or {}).get(_FIELD)
     return (list(counted[0]), list(counted[1])) if counted else None

@@ -89,18 +89,24 @@ def gate(recipe: Recipe, run_dir: Path, draft: Path) -> GateReport:
     handle = serve_pairing(replace(recipe, serve=options))
     try:
         report, served = compare(recipe, handle, questions, seen)
-        target_pid, draft_pid = handle.target_pids()[0], handle.draft_pids()[0]
+        victim, *_ = handle.reports("draft")
         client = _client(recipe, handle)
-        killed = _ask_and_kill(client, questions, handle.killer(draft_pid))
+        killed = _ask_and_kill(client, questions, handle.killer(victim))
+        # By its name: on another node, or in another container, its successor may have its process id.
         returned = _wait(
-            lambda: draft_pid not in handle.draft_pids() and _speculates(handle, client, questions), RETURN_S
+            lambda: (
+                victim.replica not in {report.replica for report in handle.reports("draft")}
+                and _speculates(handle, client, questions)
+            ),
+            RETURN_S,
         )
+        target_pid, *_ = handle.target_pids()
     finally:
         handle.shutdown()
     report = replace(
         report,
         target_pid=target_pid,
-        draft_pid=draft_pid,
+        draft_pid=victim.pids[0],
         draft_killed_requests=len(questions),
         draft_killed_identical=_identical(questions, killed),
         draft_returned=returned,
@@ -176,10 +182,8 @@ def is_served_as_evaluated(report: GateReport, questions: list[Question], served
 
 def _greeted(handle: ServeHandle) -> bool:
     """Whether every target is linked to a draft of the version that drafts serve."""
-    reports = handle.reports()
-    served = {report.stats["unmask_draft_version"] for report in reports if report.role == "draft"}
-    linked = {report.stats.get("unmask_link_draft_version") for report in reports if report.role == "target"}
-    return linked == served
+    served = {report.stats["unmask_draft_version"] for report in handle.reports("draft")}
+    return {report.stats.get("unmask_link_draft_version") for report in handle.reports("target")} == served
 
 
 def _await_written(handle: ServeHandle, count: float, folder: Path) -> None:
@@ -258,7 +262,7 @@ def _identical(questions: list[Question], answers: list[str]) -> int:
 
 
 def _stat(handle: ServeHandle, name: str) -> float:
-    return sum(report.stats.get(name, 0) for report in handle.reports() if report.role == "target")
+    return sum(report.stats.get(name, 0) for report in handle.reports("target"))
 
 
 def _wait(condition: Any, seconds: float) -> bool:

@@ -242,7 +242,7 @@ class _Service:
 
 def _kept(handle: ServeHandle) -> float:
     """Requests that target replicas have dealt with, kept or not."""
-    reports = [report for report in handle.reports() if report.role == "target"]
+    reports = handle.reports("target")
     return sum(report.stats.get(name, 0) for report in reports for name in _OUTCOMES)
 
 

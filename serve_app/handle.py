@@ -47,9 +47,10 @@ class ServeHandle:
     """`http://host:port`, without `/v1`."""
     ingress: DeploymentHandle
 
-    def reports(self) -> list[ReplicaReport]:
-        """What the live replicas last said of themselves."""
-        return list(self.ingress.reports.remote().result(timeout_s=10))
+    def reports(self, role: str | None = None) -> list[ReplicaReport]:
+        """What the live replicas last said of themselves; those of a role, if one is given."""
+        reports = self.ingress.reports.remote().result(timeout_s=10)
+        return [report for report in reports if role in (None, report.role)]
 
     def target_pids(self) -> list[int]:
         """Processes of the target replicas; the engines are their children."""
@@ -63,16 +64,15 @@ class ServeHandle:
         """Processes of the diffusion LM's replicas."""
         return self._pids("diffusion")
 
-    def killer(self, pid: int) -> Callable[[], None]:
-        """SIGKILL of a replica's process from its own node, which may be another one than this process's.
+    def killer(self, replica: ReplicaReport) -> Callable[[], None]:
+        """SIGKILL of a replica from its own node, which may be another one than this process's.
 
         What sends it is up when this returns, so that the signal follows the call at once.
         """
-        [node] = [report.node for report in self.reports() if pid in report.pids]
         actor: Any = ray.remote(num_cpus=0)(_Killer)
-        killer = actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+        killer = actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(replica.node, soft=False)).remote()
         ray.get(killer.__ray_ready__.remote())
-        return lambda: ray.get(killer.kill.remote(pid))
+        return lambda: ray.get(killer.kill.remote(replica.pids[0]))
 
     def swap_draft(self, path: Path, timeout_s: float = 120.0) -> None:
         """Make a published draft live under load: no replica restarts, no request fails, texts stay the same.
@@ -87,20 +87,17 @@ class ServeHandle:
         """
         read_config(path)
         wanted = str(path.absolute())
-        refused_before = sum(report.stats[_REFUSED] for report in self._drafts())
+        refused_before = sum(report.stats[_REFUSED] for report in self.reports("draft"))
         self.ingress.want_draft.remote(wanted).result(timeout_s=10)
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
-            drafts = self._drafts()
+            drafts = self.reports("draft")
             if drafts and all(report.checkpoint == wanted for report in drafts):
                 return
             if sum(report.stats[_REFUSED] for report in drafts) > refused_before:
                 raise FaultError(f"the draft replicas refused '{path}'; their logs say why")
             time.sleep(0.5)
         raise FaultError(f"not every draft replica has taken '{path}' within {timeout_s:g} s")
-
-    def _drafts(self) -> list[ReplicaReport]:
-        return [report for report in self.reports() if report.role == "draft"]
 
     def shutdown(self, drain_s: float = DRAIN_S) -> None:
         """Refuse new requests, let the running ones finish for up to `drain_s`, then end every replica.
@@ -116,7 +113,7 @@ class ServeHandle:
         _delete()
 
     def _pids(self, role: str) -> list[int]:
-        return [report.pids[0] for report in self.reports() if report.role == role]
+        return [report.pids[0] for report in self.reports(role)]
 
 
 class _Killer:
