@@ -120,6 +120,7 @@ def test_every_row_once_and_as_undisturbed(
     conclude("F12", f"SIGKILL of the {victim}, run {seed} of {rows} rows", scale, findings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("undisturbed", [300], indirect=True)
 def test_an_engine_dies_and_its_actor_lives(
     nodes: Nodes, death: Path, undisturbed: dict[int, Trajectory], tmp_path: Path

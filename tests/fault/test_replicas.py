@@ -41,7 +41,8 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("row", ["F1, F2", *(pytest.param(row, marks=pytest.mark.slow) for row in ("F1", "F2"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("row", KINDS)
 def test_a_killed_target_is_not_seen(stage: Stage, expected: Answers, row: str) -> None:
     kind, load, in_time = KINDS[row]
     checks = [no_failures, same_text(expected), in_time, recovers(60, reason=SLOW_START), nothing_left]

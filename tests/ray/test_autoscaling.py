@@ -16,6 +16,8 @@ import yaml
 from tests.cluster_tools import ROOT, Head, fake_cluster
 from tests.ray.scaling_driver import GONE_S, UP_S
 
+pytestmark = pytest.mark.slow
+
 logger = logging.getLogger(__name__)
 
 NEVER = "no node and no node type of the autoscaler has that"
@@ -93,7 +95,6 @@ def test_pending_generation_actors_bring_up_generation_nodes_alone(head: Head, f
     assert seen["gone_s"] < GONE_S
 
 
-@pytest.mark.slow
 def test_more_work_than_one_actor_does_brings_up_a_second_node(head: Head, tmp_path: Path) -> None:
     write_recipe(tmp_path, rows=60, min_actors=1, seconds=6, max_num_seqs=1)
     seen = drive(head, "generation", tmp_path)
@@ -104,7 +105,6 @@ def test_more_work_than_one_actor_does_brings_up_a_second_node(head: Head, tmp_p
     assert seen["gone_s"] < GONE_S
 
 
-@pytest.mark.slow
 def test_target_and_draft_bring_up_their_own_nodes_and_scale_apart(head: Head, folder: Path) -> None:
     seen = drive(head, "service", folder)
     assert seen["most"] == {"serve-target": 2, "serve-draft": 2}
@@ -113,7 +113,6 @@ def test_target_and_draft_bring_up_their_own_nodes_and_scale_apart(head: Head, f
     assert seen["gone_s"] < GONE_S
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "override", "message"),
     [

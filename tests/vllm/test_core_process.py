@@ -54,7 +54,8 @@ def cores(server: subprocess.Popen) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("moment", [pytest.param("loading", marks=pytest.mark.slow), "running"])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["loading", "running"])
 def test_a_killed_server_leaves_no_engine_core(server: subprocess.Popen, moment: str) -> None:
     if moment == "running":
         assert any(line == "ready\n" for line in server.stdout)

@@ -241,6 +241,7 @@ async def test_a_closed_stream_is_aborted(pairing: TargetEngine, prompts) -> Non
     assert pairing.stats().num_running <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.asyncio(loop_scope="module")
 async def test_options_reach_the_engine(pairing: TargetEngine, tokenizer, prompts, plain_texts) -> None:
     deltas = await collect(pairing, "logprobs", prompts[0], replace(OPTIONS, max_tokens=4, logprobs=2))
