@@ -2,14 +2,16 @@
 
     python -m benchmarks.draft_step --out benchmarks/results/draft_step.json
 
-Shapes of the drafts of Qwen3-8B and SmolLM2-135M-Instruct, random weights. `--profile` prints the kernels that take
-most time; `--tiny` proves the script on a CPU.
+Shapes of the drafts of Qwen3-8B and SmolLM2-135M-Instruct, random weights; trained as the papers do (cross-entropy by
+AdamW) and by the default recipe (KL to the target's distribution by Muon), whose floor has the target's logits and
+Muon's products in it. `--profile` prints the kernels that take most time; `--tiny` proves the script on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import time
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ from unmask.training.flops import step_flops
 from unmask.training.head import TrainingHead
 from unmask.training.sequences import Batch, SequenceSet, TokenSequence
 
+RECIPES: dict[str, dict[str, Any]] = {"adamw-ce": {"loss": "ce", "optimizer": "adamw"}, "default": {}}
+"""What differs from the default configuration."""
 PEAK_FLOPS = 800e12
 """bfloat16 products measured on an H100."""
 _KINDS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
@@ -61,11 +65,12 @@ class GivenTarget:
 
 @dataclass(frozen=True, slots=True)
 class GivenFeatures:
-    """Features that are there already, the same every step."""
+    """Features that are there already, the same every step; the target's final states beside them if `final`."""
 
     target: GivenTarget
     sequences: SequenceSet
     features_1TF: Tensor
+    final: bool
 
     def get(self, batch: Batch) -> Tensor:
         """See FeatureCache."""
@@ -95,9 +100,10 @@ def build(
     )  # fmt: skip
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     embedding = 0.02 * torch.randn(widths["vocab_size"], widths["hidden_size"], dtype=dtype, device=device)
-    features = torch.randn(1, tokens, len(ids) * widths["hidden_size"], dtype=dtype, device=device)
+    final = config.loss != "ce"
+    features = torch.randn(1, tokens, (len(ids) + final) * widths["hidden_size"], dtype=dtype, device=device)
     target = GivenTarget(embedding, ids)
-    given: Any = GivenFeatures(target, sequences, features)
+    given: Any = GivenFeatures(target, sequences, features, final)
     draft = DFlashDraft(sizes).to(device)
     module: nn.Module = DraftingForward(draft, compiled=config.compile)
     if world_size > 1 and not config.cuda_graph:
@@ -120,6 +126,23 @@ def attended_pairs(trainer: DraftTrainer, sizes: DFlashConfig) -> int:
     """Pairs that the mask of a step allows, from the lengths of the sequences: anchors lie half-way on average."""
     length = len(trainer.sequences.sequences[0].ids)
     return trainer.config.anchors_per_step * sizes.block_size * (length // 2 + sizes.block_size)
+
+
+def floor_flops(trainer: DraftTrainer, sizes: DFlashConfig) -> int:
+    """FLOPs of a step of the recipe that is trained."""
+    config = trainer.config
+    flops = step_flops(
+        sizes, context_rows=config.tokens_per_step or 0, blocks=config.anchors_per_step,
+        attended_pairs=attended_pairs(trainer, sizes),
+    )  # fmt: skip
+    if trainer.objective.needs_target:
+        # The target's logits, by one product that has no gradient.
+        flops += 2 * config.anchors_per_step * (sizes.block_size - 1) * sizes.hidden_size * sizes.vocab_size
+    if config.chosen_optimizer == "muon":
+        shapes = [sorted(p.shape) for p in trainer.draft.parameters() if p.ndim == 2]
+        # Five rounds of X X^T, its square, and the product with X (`unmask.training.muon.orthogonal`).
+        flops += sum(5 * 2 * (2 * short * short * long + short**3) for short, long in shapes)
+    return flops
 
 
 def time_steps(trainer: DraftTrainer, warm: int, count: int) -> float:
@@ -174,6 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/draft_step.json"))
     parser.add_argument("--shapes", nargs="+", default=["smollm2-135m", "qwen3-8b"])
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--tiny", action="store_true")
@@ -186,24 +210,23 @@ def main() -> None:
     if device == "cuda":
         rows.append({"kernels": check_kernels(), "gpu": torch.cuda.get_device_name()})
         print(rows[-1], flush=True)
-    for name in ["tiny"] if args.tiny else args.shapes:
+    shapes = ["tiny"] if args.tiny else args.shapes
+    for name, recipe in itertools.product(shapes, args.recipes):
         large = name == "qwen3-8b"
         config = DistillConfig(
-            max_steps=100, loss="ce", optimizer="adamw", tokens_per_step=256 if args.tiny else 8192 if large else 16384,
+            max_steps=100, tokens_per_step=256 if args.tiny else 8192 if large else 16384,
             anchors_per_step=128 if args.tiny else 512 if large else 2048, head_negatives=None,
             precision="float32" if args.tiny else "bfloat16", compile=not (args.tiny or args.no_compile),
-            use_gpu=device == "cuda", cuda_graph=device == "cuda" and not args.no_graph,
+            use_gpu=device == "cuda", cuda_graph=device == "cuda" and not args.no_graph, **RECIPES[recipe],
         )  # fmt: skip
         trainer, sizes = build(name, device, config)
         start = time.perf_counter()
         first = time_steps(trainer, 0, 1)
         seconds = time_steps(trainer, 4, args.steps)
-        flops = step_flops(
-            sizes, context_rows=config.tokens_per_step or 0, blocks=config.anchors_per_step,
-            attended_pairs=attended_pairs(trainer, sizes),
-        )  # fmt: skip
+        flops = floor_flops(trainer, sizes)
         rows.append({
-            "shape": name, "block_size": sizes.block_size, "anchors": config.anchors_per_step,
+            "shape": name, "recipe": recipe, "loss": config.loss, "optimizer": config.chosen_optimizer,
+            "block_size": sizes.block_size, "anchors": config.anchors_per_step,
             "context_rows": config.tokens_per_step, "step_ms": 1000 * seconds, "floor_ms": 1000 * flops / PEAK_FLOPS,
             "mfu": flops / PEAK_FLOPS / seconds, "first_step_s": first, "wall_s": time.perf_counter() - start,
             "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None,

@@ -6,9 +6,9 @@
 
 Weights are random and acceptance is vLLM's `synthetic` one with r_k = 0.86^k whatever is drafted: only the system
 differs. On GPUs native and remote drafting are switched at run time in one engine (`engines.native_switch`), so that
-graphs and KV cache are the same; the draft of the remote ones is a process of its own. A last engine is as it is in
-production, without vLLM's draft in it: `kv_cache_tokens` says what that frees. `--tiny` uses vLLM's V1 runner on a CPU,
-which knows no synthetic acceptance, with an engine for each mode. A row is printed and written as soon as it is
+graphs and KV cache are the same; the draft of the remote ones is a process of its own. An engine before it is as it is
+in production, without vLLM's draft in it: `kv_cache_tokens` says what that frees. `--tiny` uses vLLM's V1 runner on a
+CPU, which knows no synthetic acceptance, with an engine for each mode. A row is printed and written as soon as it is
 measured; `benchmarks.pairing_rows` says what it holds.
 """
 
@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pairing_engines import engine_options
+from benchmarks.pairing_engines import engine_options, k_by_batch_size
 from benchmarks.pairing_rows import REMOTE, cases, measure
 from benchmarks.pairing_shapes import SHAPES, shape_folder
 from engines.draft_arguments import LINK_FILE_VARIABLE, MAILBOX_FOLDER_VARIABLE, WATCHDOG_VARIABLE
@@ -46,7 +46,7 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     with shape_folder(arguments.shape, arguments.tiny) as arguments.folder:
-        switched = (("native",), ("remote",)) if arguments.tiny else (("native", "remote", "tcp"), ("production",))
+        switched = (("native",), ("remote",)) if arguments.tiny else (("production",), ("native", "remote", "tcp"))
         engines = [[mode for mode in modes if mode in arguments.modes] for modes in (("target",), *switched)]
         with draft_process(arguments, "--shape", arguments.shape) as draft:
             for modes in filter(None, engines):
@@ -152,7 +152,10 @@ def run_engine(arguments: argparse.Namespace) -> None:
                 least = max(2, 3 * case.concurrency // 4) if case.halves == 2 else None
                 llm.collective_rpc("take_turns_from", args=(least,))
             if has_table and case.k is not None:
-                llm.collective_rpc("set_speculation", args=([case.k] * (max(arguments.concurrency) + 1),))
+                sizes = range(max(arguments.concurrency) + 1)
+                # vLLM's own table of K holds when a batch runs empty, too.
+                ks = [k_by_batch_size(max(n, 1)) if case.policy == "by batch size" else case.k for n in sizes]
+                llm.collective_rpc("set_speculation", args=(ks,))
             print(json.dumps(measure(llm, arguments, case)), flush=True)
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.pairing_cases --out benchmarks/results/pairing_cases.json              (two GPUs)
     python -m benchmarks.pairing_cases --tiny --out /tmp/cases.json                             (any machine)
 
-swap    32 requests run while the draft's weights are replaced: the pauses between steps, and that none fails
+swap    32 requests at any time while the draft's weights are replaced: the pauses between steps, and that none fails
 share   two targets with one draft, against one target with its own: tokens a second
 long    16,000-token prompts: time to the first token, against the target alone
 
@@ -14,7 +14,6 @@ lies beside the draft.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import subprocess
 import sys
@@ -25,7 +24,9 @@ from typing import Any
 
 from benchmarks.pairing import await_draft, await_link, draft_process, engine_environment
 from benchmarks.pairing_engines import engine_options
-from benchmarks.pairing_rows import machine_of
+from benchmarks.pairing_faults import wait_for
+from benchmarks.pairing_load import SETTLED_STEPS, Load, keep_up, pauses_ms
+from benchmarks.pairing_rows import LEARNING, machine_of
 from benchmarks.pairing_shapes import SHAPES, shape_folder
 
 CASES = ("swap", "share", "long")
@@ -65,24 +66,21 @@ def shape_of(case: str, tiny: bool) -> str:
 
 def swap(arguments: argparse.Namespace, draft: subprocess.Popen) -> dict[str, Any]:
     """Pauses between steps, in ms, before and after the weights were replaced."""
-    engine = _start(arguments, "swap")
+    folder, engine = arguments.folder, _start(arguments, "swap")
     # The engine says when its load runs.
-    while not (arguments.folder / "running").exists():
-        if engine.poll() is not None:
-            raise RuntimeError("the engine has ended")
-        time.sleep(0.05)
+    wait_for((folder / "running").exists, engine)
     time.sleep(3.0)
     began = time.time()
     draft.stdin.write(b"swap\n")
     draft.stdin.flush()
+    wait_for((folder / "swapped").exists, engine)
+    time.sleep(3.0)
+    (folder / "enough").touch()
     report = _finish(engine)
-    ended = (arguments.folder / "swapped").stat().st_mtime
-    before, after = (arguments.folder / "swapped").read_text().split()
-    if not report["steps"][0][0] < began < ended < report["steps"][-1][-1]:
-        raise RuntimeError("the load did not run throughout the swap")
-    # Between two rounds of requests there is a pause of its own.
-    pauses = [(a, 1000 * (b - a)) for steps in report["steps"] for a, b in itertools.pairwise(steps)]
-    calm = [pause for at, pause in pauses if at < began]
+    ended = (folder / "swapped").stat().st_mtime
+    before, after = (folder / "swapped").read_text().split()
+    pauses = pauses_ms(report["steps"])
+    calm = [pause for at, pause in pauses if began - 3 <= at < began]
     around = [pause for at, pause in pauses if began <= at <= ended + 2]
     return {
         "swap_seconds": round(ended - began, 2),
@@ -169,36 +167,23 @@ def _generate(llm: Any, prompts: list[dict[str, list[int]]], tokens: int) -> lis
 
 
 def _swap(arguments: argparse.Namespace) -> dict[str, Any]:
-    """When each step ended, while requests run for some seconds."""
-    batch, length = (4, 200) if arguments.tiny else (32, 1500)
-    steps: list[list[float]] = []
+    """When each step ended, under a load that is kept up until the parent has seen enough."""
+    batch = 4 if arguments.tiny else 32
     llm = _engine(arguments, batch)
-    prompts = _prompts(arguments, batch, 64)
-    _generate(llm, prompts, 32)
-    step = llm.llm_engine.step
+    settled = 100 if arguments.tiny else SETTLED_STEPS
 
-    def watched() -> Any:
-        found = step()
-        steps[-1].append(time.time())
-        return found
+    def is_enough(load: Load) -> bool:
+        if len(load.steps) == settled:
+            (arguments.folder / "running").touch()
+        return (arguments.folder / "enough").exists()
 
-    llm.llm_engine.step = watched
-    (arguments.folder / "running").touch()
-    lengths: list[int] = []
-    end = time.time() + 15
-    while time.time() < end:
-        steps.append([])
-        lengths += _generate(llm, prompts, length)
-        # A round ends as its requests do, one by one.
-        del steps[-1][int(0.7 * len(steps[-1])) :]
+    load = keep_up(llm, arguments.shape, batch, (16, 64) if arguments.tiny else (256, 768), is_enough)
     answered = _answered(llm, arguments)
-    steps.append([])
-    _generate(llm, prompts, 32)
-    steps.pop()
+    _generate(llm, _prompts(arguments, batch, 64), 32)
     return {
-        "steps": steps,
-        "requests": len(lengths),
-        "failed": sum(found != length for found in lengths),
+        "steps": load.steps,
+        "requests": load.requests,
+        "failed": load.failed,
         "answered_last": _answered(llm, arguments) - answered,
     }
 
@@ -216,7 +201,9 @@ def _rate(arguments: argparse.Namespace) -> dict[str, Any]:
     batch, tokens = (4, 32) if arguments.tiny else (32, 512)
     llm = _engine(arguments, batch)
     prompts = _prompts(arguments, batch, 64)
-    _generate(llm, prompts, tokens // 4)
+    for _ in range(1 if arguments.tiny else LEARNING):
+        # The engine chooses its K meanwhile.
+        _generate(llm, prompts, tokens)
     if (arguments.folder / "together").exists():
         (arguments.folder / f"ready-{time.time_ns()}").touch()
         while len(list(arguments.folder.glob("ready-*"))) < 2:

@@ -4,7 +4,8 @@
     python -m benchmarks.pairing_faults --gpus 1 --out /tmp/faults.json                           (one GPU for both)
     python -m benchmarks.pairing_faults --tiny --out /tmp/faults.json                             (any machine)
 
-A constant number of requests runs at the production limits: a new one begins as one ends. `pause_ms` is the longest
+A constant number of requests runs at the production limits: a new one begins as one ends, and nothing is disturbed
+before the engine has chosen its K. `pause_ms` is the longest
 step; `back_s` says how long after the draft's return the first second begins in which the target emits at least 95 % of
 the tokens that it emitted before anything happened. Random weights; on GPUs acceptance is synthetic, as in
 `benchmarks.pairing`.
@@ -13,10 +14,8 @@ the tokens that it emitted before anything happened. Random weights; on GPUs acc
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from typing import Any
 
 from benchmarks.pairing import await_draft, await_link, draft_process, engine_environment
 from benchmarks.pairing_engines import engine_options
+from benchmarks.pairing_load import SETTLED_STEPS, Load, Steps, keep_up, pauses_ms
 from benchmarks.pairing_rows import machine_of
 from benchmarks.pairing_shapes import SHAPES, shape_folder
 from engines.draft_arguments import WATCHDOG_VARIABLE
@@ -36,8 +36,6 @@ from unmask.pairing.link_file import read_link_file, write_link_file
 
 STOPPED_S = 3.0
 WITHIN = 0.95
-Steps = list[tuple[float, int]]
-"""When each step ended, by the wall clock, and the tokens that it emitted."""
 
 
 def main() -> None:
@@ -115,12 +113,12 @@ def back(steps: Steps, undisturbed: float, began: float, ended: float, last: flo
     """
     tenths = (i / 10 for i in range(int(10 * (last - 1 - ended))))
     soonest = (after for after in tenths if rate(steps, ended + after, ended + after + 1) >= WITHIN * undisturbed)
-    pauses = [b - a for (a, _), (b, _) in itertools.pairwise(steps) if began <= b and a <= last]
+    pauses = [pause for at, pause in pauses_ms(steps) if began <= at + pause / 1000 and at <= last]
     return {
         "away_s": round(ended - began, 2),
         "tokens_per_second_without": round(rate(steps, began + 1, ended), 1),
         "tokens_per_second_after": round(rate(steps, last - 2, last), 1),
-        "pause_ms": round(1000 * max(pauses), 1),
+        "pause_ms": round(max(pauses), 1),
         "back_s": next(soonest, None),
     }
 
@@ -147,40 +145,20 @@ def wait_for(condition: Callable[[], bool], engine: subprocess.Popen) -> None:
 
 def run_engine(arguments: argparse.Namespace) -> None:
     """Keep requests running until `enough` is there; print the steps."""
-    from vllm import LLM, SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm import LLM
 
     llm = LLM(**engine_options(arguments, ("remote",) if arguments.tiny else ("production",)))
     await_draft(llm, arguments)
-    generator, vocab_size = random.Random(0), SHAPES[arguments.shape].vocab_size
-    shortest, longest = (16, 64) if arguments.tiny else (256, 768)
-    left: dict[str, int] = {}
-    names, steps, failed = itertools.count(), [], 0
+    settled = 100 if arguments.tiny else SETTLED_STEPS
 
-    def begin(length: int) -> None:
-        name = str(next(names))
-        prompt = {"prompt_token_ids": [generator.randrange(1000, vocab_size - 1000) for _ in range(64)]}
-        params = SamplingParams(
-            temperature=0.0, max_tokens=length, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
-        )
-        llm.llm_engine.add_request(name, prompt, params)
-        left[name] = length
-
-    for _ in range(arguments.concurrency[0]):
-        # Of all ages at once, lest all end together.
-        begin(generator.randint(shortest // 4, longest))
-    while not (arguments.folder / "enough").exists():
-        emitted = 0
-        for output in llm.llm_engine.step():
-            emitted += len(output.outputs[0].token_ids)
-            left[output.request_id] -= len(output.outputs[0].token_ids)
-            if output.finished:
-                failed += left.pop(output.request_id) != 0
-                begin(generator.randint(shortest, longest))
-        steps.append((time.time(), emitted))
-        if len(steps) == 100:
+    def is_enough(load: Load) -> bool:
+        if len(load.steps) == settled:
             (arguments.folder / "running").touch()
-    print(json.dumps({"steps": steps, "requests": next(names), "failed": failed}))
+        return (arguments.folder / "enough").exists()
+
+    lengths = (16, 64) if arguments.tiny else (256, 768)
+    load = keep_up(llm, arguments.shape, arguments.concurrency[0], lengths, is_enough)
+    print(json.dumps({"steps": load.steps, "requests": load.requests, "failed": load.failed}))
 
 
 def _parse() -> argparse.Namespace:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.demo import machine
 from benchmarks.pairing_engines import k_by_batch_size
+from benchmarks.pairing_load import delta_params
 from benchmarks.pairing_shapes import SHAPES, K
 from unmask.pairing.status import read_status
 
@@ -24,6 +25,8 @@ LEAST_IN_TURNS = 64
 """Concurrency from which requests that take turns in two halves are measured too."""
 LEARNING = 4
 """Batches before one is measured whose K the engine chooses by itself: it does so every 128 steps."""
+LEAST_ROUNDS = 4
+"""Batches of a row: acceptance is drawn, and the slowest request decides when a batch ends."""
 STARTS = 5
 """How often the start of a batch is measured."""
 ROUNDS = 3
@@ -84,11 +87,17 @@ def measure(llm: Any, arguments: argparse.Namespace, case: Case) -> dict[str, An
     rate = (_sustained_rate if load == "sustained" else _batch_rate)(llm, arguments, mode, concurrency, length)
     times = llm.collective_rpc("step_times")[0] if timed else {}
     after, asked = counters_of(llm), _asked(llm, arguments, mode)
+    start_ms = _start_ms(llm, arguments, concurrency) if load == "one batch" else None
     found = {name: after[name] - before.get(name, 0) for name in after}
     drafts = found.get("drafts", 0)
     tau = 1 + found["accepted"] / drafts if drafts else 1.0
-    # Where steps are not timed, their period is what the rate implies.
-    period = halves * times["period"] if "period" in times else 1000 * concurrency * tau / rate
+    if "period" in times:
+        period = halves * times["period"]
+    elif mode == "target" and start_ms is not None:
+        # Steps of a batch, all alike, without its prompts.
+        period = (1000 * concurrency * length / rate - start_ms) / (length - 2)
+    else:
+        period = 1000 * concurrency * tau / rate
     return {
         "mode": "remote" if mode in REMOTE else mode,
         "shape": arguments.shape,
@@ -102,7 +111,7 @@ def measure(llm: Any, arguments: argparse.Namespace, case: Case) -> dict[str, An
         "load": load,
         "period_ms": round(period, 3),
         "late_wait_ms": round(times["late_wait"], 3) if "late_wait" in times else None,
-        "start_ms": round(_start_ms(llm, arguments, concurrency), 3) if load == "one batch" else None,
+        "start_ms": round(start_ms, 3) if start_ms is not None else None,
         "policy": policy + (", in turns" if halves == 2 else ""),
         "transport": ("socket" if arguments.tiny else REMOTE[mode]) if mode in REMOTE else None,
         "engine": "of its own" if arguments.tiny or mode in ("target", "production") else "shared by native and remote",
@@ -134,8 +143,7 @@ def _parts(
 
 def _batch_rate(llm: Any, arguments: argparse.Namespace, mode: str, concurrency: int, length: int) -> float:
     """Tokens a second of batches, one after another, from their prompts to the end of their last requests."""
-    # Acceptance is drawn, and a start may be held up: some hundred steps of few requests would leave it to chance.
-    rounds = 1 if arguments.tiny or mode == "target" else max(1, min(8, 32 // concurrency))
+    rounds = 1 if arguments.tiny or mode == "target" else max(LEAST_ROUNDS, min(8, 32 // concurrency))
     seconds = sum(_generate(llm, arguments, concurrency, length) for _ in range(rounds))
     return concurrency * length * rounds / seconds
 
@@ -154,7 +162,7 @@ def _sustained_rate(llm: Any, arguments: argparse.Namespace, mode: str, concurre
     since = until = None
     while until is None or engine.has_unfinished_requests():
         while begun - ended < concurrency and begun < (1 + ROUNDS) * concurrency:
-            engine.add_request(f"{mode}-{begun}", next(prompts), _params(next(lengths), is_delta=True))
+            engine.add_request(f"{mode}-{begun}", next(prompts), delta_params(next(lengths)))
             begun += 1
         now = time.perf_counter()
         if since is None and ended >= concurrency:
@@ -185,13 +193,11 @@ def _prompts(arguments: argparse.Namespace, number: int) -> list[dict[str, list[
     ]
 
 
-def _params(length: int, is_delta: bool = False) -> Any:
-    """Greedy, of exactly `length` tokens. `is_delta`: an output tells the tokens since the one before."""
+def _params(length: int) -> Any:
+    """Greedy, of exactly `length` tokens."""
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
 
-    kind = RequestOutputKind.DELTA if is_delta else RequestOutputKind.FINAL_ONLY
-    return SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True, detokenize=False, output_kind=kind)
+    return SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True, detokenize=False)
 
 
 def _start_ms(llm: Any, arguments: argparse.Namespace, concurrency: int) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.pairing_faults import Steps, back, rate
+from benchmarks.pairing_faults import back, rate
+from benchmarks.pairing_load import Steps
 
 
 def steps_at(*pieces: tuple[float, float, int]) -> Steps:

@@ -47,7 +47,7 @@ class Engine:
 @pytest.mark.parametrize("concurrency", [2, 5, 32])
 def test_a_sustained_rate_is_that_of_full_places(concurrency: int, monkeypatch) -> None:
     engine = Engine(gain=1)
-    monkeypatch.setattr(pairing_rows, "_params", lambda length, is_delta: length)
+    monkeypatch.setattr(pairing_rows, "delta_params", lambda length: length)
     monkeypatch.setattr(pairing_rows.time, "perf_counter", lambda: engine.now_s)
     llm, arguments = SimpleNamespace(llm_engine=engine), Namespace(shape="tiny")
     rate = pairing_rows._sustained_rate(llm, arguments, "target", concurrency, 64)
