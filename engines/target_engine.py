@@ -273,5 +273,5 @@ def _num_forwards(verifications: tuple[list[int], list[int]] | None, emitted: in
     if verifications is None:
         return emitted
     accepted, _ = verifications
-    # The last block may have been accepted beyond the end of the response.
-    return max(emitted - sum(accepted), len(accepted), 1)
+    # The last block may have been accepted beyond the end of the response; the prompt's forward is no verification.
+    return max(emitted - sum(accepted), len(accepted) + 1)

@@ -169,6 +169,20 @@ async def test_a_draft_comes_goes_and_comes_back_without_changing_a_token(
     assert pairing.stats().num_drafts > drafts
 
 
+@pytest.mark.parametrize(
+    ("verifications", "emitted", "forwards"),
+    [
+        (None, 5, 5),
+        (([], []), 1, 1),
+        (([2, 3], [3, 3]), 8, 3),
+        pytest.param(([2, 3], [3, 3]), 6, 3, id="the last block was accepted beyond the end"),
+        pytest.param(([2, 3], [3, 3]), 9, 4, id="a step without proposals"),
+    ],
+)
+def test_forwards_are_the_prompts_and_one_for_each_step(verifications, emitted: int, forwards: int) -> None:
+    assert target_engine._num_forwards(verifications, emitted) == forwards
+
+
 async def assert_captured(
     pairing: TargetEngine, draft: DraftProcess, target: Path, prompts, plain_texts, folder: Path
 ) -> None:
