@@ -68,6 +68,12 @@ class Prompts:
         """Held-out GSM8K questions."""
         return self._encode([row["question"] for row in self._rows("gsm8k/test")])
 
+    def examples(self, num_tokens: int) -> list[int]:
+        """The first ids of solved training questions, as they stand before a question that is to be answered alike."""
+        rows = self._rows("gsm8k/train")[: num_tokens // 20]
+        text = "\n\n".join(f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows)
+        return self.tokenizer.encode(text, add_special_tokens=False)[:num_tokens]
+
     def mtbench(self) -> list[list[int]]:
         """First turns of MT-bench."""
         return self._encode([row["turns"][0] for row in self._rows("mtbench/question")])

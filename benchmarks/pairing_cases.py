@@ -1,9 +1,8 @@
-"""What a pairing must bear, beside its speed: swaps under load, a draft that several targets share, long prompts.
+"""What a pairing must bear, beside its speed and `benchmarks.pairing_faults`: a shared draft, and long prompts.
 
     python -m benchmarks.pairing_cases --out benchmarks/results/pairing_cases.json              (two GPUs)
     python -m benchmarks.pairing_cases --tiny --out /tmp/cases.json                             (any machine)
 
-swap    32 requests at any time while the draft's weights are replaced: the pauses between steps, and that none fails
 share   two targets with one draft, against one target with its own: tokens a second
 long    16,000-token prompts: time to the first token, against the target alone
 
@@ -19,26 +18,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 from benchmarks.pairing import await_draft, await_link, draft_process, engine_environment
 from benchmarks.pairing_engines import engine_options
-from benchmarks.pairing_faults import wait_for
-from benchmarks.pairing_load import SETTLED_STEPS, Load, keep_up, pauses_ms
 from benchmarks.pairing_rows import LEARNING, machine_of
 from benchmarks.pairing_shapes import SHAPES, shape_folder
 
-CASES = ("swap", "share", "long")
+CASES = ("share", "long")
 
 
 def main() -> None:
     """Run the cases; each is written as soon as it is measured."""
     arguments = _parse()
     if arguments.role is not None:
-        print(
-            json.dumps({"alone": _role, "swap": _swap, "share": _rate, "long": _first_token}[arguments.role](arguments))
-        )
+        print(json.dumps({"alone": _role, "share": _rate, "long": _first_token}[arguments.role](arguments)))
         return
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -51,7 +46,7 @@ def main() -> None:
             if arguments.tiny:
                 # Through the link file; a GPU's engines find the mailboxes of a draft that comes later.
                 await_link(arguments, draft)
-            found = {"swap": swap, "share": share, "long": long}[case](arguments, draft)
+            found = {"share": share, "long": long}[case](arguments)
         rows.append({"case": case, "shape": arguments.shape, "machine": machine_of(arguments), **found})
         print(json.dumps(rows[-1]), flush=True)
         arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
@@ -61,47 +56,10 @@ def shape_of(case: str, tiny: bool) -> str:
     """Sizes that show what a case is about."""
     if case == "long":
         return "tiny-1k" if tiny else "qwen3-8b-20k"
-    return "tiny" if tiny else ("smollm2-135m" if case == "share" else "qwen3-8b")
+    return "tiny" if tiny else "smollm2-135m"
 
 
-def swap(arguments: argparse.Namespace, draft: subprocess.Popen) -> dict[str, Any]:
-    """Pauses between steps, in ms, before and after the weights were replaced."""
-    folder, engine = arguments.folder, _start(arguments, "swap")
-    # The engine says when its load runs.
-    wait_for((folder / "running").exists, engine)
-    time.sleep(3.0)
-    began = time.time()
-    draft.stdin.write(b"swap\n")
-    draft.stdin.flush()
-    wait_for((folder / "swapped").exists, engine)
-    time.sleep(3.0)
-    (folder / "enough").touch()
-    report = _finish(engine)
-    ended = (folder / "swapped").stat().st_mtime
-    before, after = (folder / "swapped").read_text().split()
-    pauses = pauses_ms(report["steps"])
-    calm = [pause for at, pause in pauses if began - 3 <= at < began]
-    around = [pause for at, pause in pauses if began <= at <= ended + 2]
-    return {
-        "swap_seconds": round(ended - began, 2),
-        "version_changed": before != after,
-        "requests": report["requests"],
-        "failed": report["failed"],
-        **{f"pause_ms_{name}_before": figure for name, figure in _figures(calm).items()},
-        **{f"pause_ms_{name}_around": figure for name, figure in _figures(around).items()},
-        "proposals_again": report["answered_last"] > 0,
-    }
-
-
-def _figures(pauses: list[float]) -> dict[str, float]:
-    return {
-        "median": round(median(pauses), 2),
-        "p99": round(quantiles(pauses, n=100, method="inclusive")[98], 2),
-        "max": round(max(pauses), 2),
-    }
-
-
-def share(arguments: argparse.Namespace, draft: subprocess.Popen) -> dict[str, Any]:
+def share(arguments: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second of one target, then of two at the same time."""
     single = _finish(_start(arguments, "share"))["rate"]
     (arguments.folder / "together").touch()
@@ -110,7 +68,7 @@ def share(arguments: argparse.Namespace, draft: subprocess.Popen) -> dict[str, A
     return {"one_target": single, "two_targets": rates, "ratio": round(sum(rates) / single, 3)}
 
 
-def long(arguments: argparse.Namespace, draft: subprocess.Popen) -> dict[str, Any]:
+def long(arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds to the first token of a long prompt."""
     alone, paired = (_finish(_start(arguments, role))["seconds"] for role in ("alone", "long"))
     return {"target_alone_s": alone, "paired_s": paired, "ratio": round(paired / alone, 4)}
@@ -164,36 +122,6 @@ def _generate(llm: Any, prompts: list[dict[str, list[int]]], tokens: int) -> lis
 
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
     return [len(o.outputs[0].token_ids) for o in llm.generate(prompts, params, use_tqdm=False)]
-
-
-def _swap(arguments: argparse.Namespace) -> dict[str, Any]:
-    """When each step ended, under a load that is kept up until the parent has seen enough."""
-    batch = 4 if arguments.tiny else 32
-    llm = _engine(arguments, batch)
-    settled = 100 if arguments.tiny else SETTLED_STEPS
-
-    def is_enough(load: Load) -> bool:
-        if len(load.steps) == settled:
-            (arguments.folder / "running").touch()
-        return (arguments.folder / "enough").exists()
-
-    load = keep_up(llm, arguments.shape, batch, (16, 64) if arguments.tiny else (256, 768), is_enough)
-    answered = _answered(llm, arguments)
-    _generate(llm, _prompts(arguments, batch, 64), 32)
-    return {
-        "steps": load.steps,
-        "requests": load.requests,
-        "failed": load.failed,
-        "answered_last": _answered(llm, arguments) - answered,
-    }
-
-
-def _answered(llm: Any, arguments: argparse.Namespace) -> float:
-    from unmask.pairing.status import read_status
-
-    if arguments.tiny:
-        return (read_status(arguments.folder / "status") or {}).get("steps", 0)
-    return llm.collective_rpc("draft_counters")[0]["answered"]
 
 
 def _rate(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -6,8 +6,11 @@ A line on standard input swaps random weights for others; `swapped` then holds t
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -15,10 +18,15 @@ from torch import Tensor
 
 from benchmarks.pairing_shapes import SHAPES, Shape
 from unmask.checkpoints import load_draft
+from unmask.files import atomic_path
 from unmask.models.dflash import DFlashDraft
 from unmask.pairing.link_file import LinkConfig, write_link_file
 from unmask.pairing.server import DraftServer
 from unmask.pairing.vocabulary import load_vocabulary
+
+STATS = "draft_stats"
+"""File of the folder that holds the draft's own counters."""
+_REPORT_S = 0.1
 
 
 def random_weights(shape: Shape, device: str, dtype: torch.dtype) -> tuple[DFlashDraft, DFlashDraft, Tensor, Tensor]:
@@ -58,12 +66,22 @@ def main() -> None:
     )
     server.start()
     write_link_file(arguments.folder / "address", LinkConfig(address=server.address, secret_file=str(secret)))
+    threading.Thread(target=_report, args=(server, arguments.folder / STATS), daemon=True).start()
     if os.read(sys.stdin.fileno(), 4096) and other is not None:
         before = server.stats().draft_version
         after = server.swap(other)
         (arguments.folder / "swapped").write_text(f"{before} {after}")
         os.read(sys.stdin.fileno(), 4096)
     server.stop()
+
+
+def _report(server: DraftServer, path: Path) -> None:
+    """Keep the counters of the draft where the other processes of a benchmark can read them."""
+    while True:
+        stats = server.stats()
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps({"steps": stats.steps, "busy_us": 1e6 * stats.busy_s}))
+        time.sleep(_REPORT_S)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""A draft that is stopped, goes on, is killed and started anew, while its target serves: how soon the speed is back.
+"""A draft whose weights are replaced, that is stopped, goes on, is killed and started anew, while its target serves.
 
     python -m benchmarks.pairing_faults --out benchmarks/results/pairing_faults.json              (two GPUs)
     python -m benchmarks.pairing_faults --gpus 1 --out /tmp/faults.json                           (one GPU for both)
     python -m benchmarks.pairing_faults --tiny --out /tmp/faults.json                             (any machine)
 
 A constant number of requests runs at the production limits: a new one begins as one ends, and nothing is disturbed
-before the engine has chosen its K. `pause_ms` is the longest
-step; `back_s` says how long after the draft's return the first second begins in which the target emits at least 95 % of
-the tokens that it emitted before anything happened. Random weights; on GPUs acceptance is synthetic, as in
-`benchmarks.pairing`.
+before the engine has chosen its K. `pause_ms` is the longest step; `back_s` says how long after the draft's return the
+first second begins in which the target emits at least 95 % of the tokens that it emitted before anything happened.
+Random weights; on GPUs acceptance is synthetic, as in `benchmarks.pairing`.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median, quantiles
 from typing import Any
 
 from benchmarks.pairing import await_draft, await_link, draft_process, engine_environment
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def disturbed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for the draft that was stopped, one for the draft that was killed."""
+    """A row each for the draft whose weights were replaced, that was stopped, and that was killed."""
     folder, rest_s = arguments.folder, arguments.seconds
     with draft_process(arguments, "--shape", arguments.shape) as draft:
         await_link(arguments, draft)
@@ -64,6 +64,11 @@ def disturbed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         engine = subprocess.Popen([*command, "--role=engine"], stdout=subprocess.PIPE, text=True, env=environment)
         try:
             wait_for(lambda: (folder / "running").exists(), engine)
+            time.sleep(rest_s)
+            swapped = time.time()
+            draft.stdin.write(b"swap\n")
+            draft.stdin.flush()
+            wait_for((folder / "swapped").exists, engine)
             time.sleep(rest_s)
             stopped = time.time()
             draft.send_signal(signal.SIGSTOP)
@@ -91,13 +96,39 @@ def disturbed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     report = json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{")))
     common = {"shape": arguments.shape, "concurrency": arguments.concurrency[0], "gpus": arguments.gpus}
     common |= {"limit_ms": limit_ms(arguments), "requests": report["requests"], "failed": report["failed"]}
-    undisturbed = rate(report["steps"], stopped - 2, stopped)
+    undisturbed = rate(report["steps"], swapped - 2, swapped)
     common |= {"machine": machine_of(arguments), "tokens_per_second_before": round(undisturbed, 1)}
     spans = (("stopped", stopped, continued), ("killed", killed, restarted))
     return [
-        {"draft": name, **common, **back(report["steps"], undisturbed, began, ended, ended + rest_s)}
-        for name, began, ended in spans
+        {"draft": "swapped", **common, **swap(report["steps"], swapped, folder / "swapped")},
+        *(
+            {"draft": name, **common, **back(report["steps"], undisturbed, began, ended, ended + rest_s)}
+            for name, began, ended in spans
+        ),
     ]
+
+
+def swap(steps: Steps, began: float, told: Path) -> dict[str, Any]:
+    """Pauses between steps, in ms, before and around a replacement that `told` tells of."""
+    ended, (before, after) = told.stat().st_mtime, told.read_text().split()
+    pauses = pauses_ms(steps)
+    calm = [pause for at, pause in pauses if began - 3 <= at < began]
+    around = [pause for at, pause in pauses if began <= at <= ended + 2]
+    return {
+        "swap_seconds": round(ended - began, 2),
+        "version_changed": before != after,
+        **{f"pause_ms_{name}_before": figure for name, figure in _figures(calm).items()},
+        **{f"pause_ms_{name}_around": figure for name, figure in _figures(around).items()},
+        "tokens_per_second_around": round(rate(steps, began, ended + 2), 1),
+    }
+
+
+def _figures(pauses: list[float]) -> dict[str, float]:
+    return {
+        "median": round(median(pauses), 2),
+        "p99": round(quantiles(pauses, n=100, method="inclusive")[98], 2),
+        "max": round(max(pauses), 2),
+    }
 
 
 def rate(steps: Steps, start: float, end: float) -> float:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import random
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.demo import machine
+from benchmarks.pairing_draft import STATS
 from benchmarks.pairing_engines import k_by_batch_size
 from benchmarks.pairing_load import delta_params
 from benchmarks.pairing_shapes import SHAPES, K
@@ -23,7 +25,7 @@ from unmask.pairing.status import read_status
 PROMPT_TOKENS = 128
 LEAST_IN_TURNS = 64
 """Concurrency from which requests that take turns in two halves are measured too."""
-LEARNING = 4
+LEARNING = 6
 """Batches before one is measured whose K the engine chooses by itself: it does so every 128 steps."""
 LEAST_ROUNDS = 4
 """Batches of a row: acceptance is drawn, and the slowest request decides when a batch ends."""
@@ -49,17 +51,19 @@ class Case(NamedTuple):
 def cases(mode: str, concurrencies: Sequence[int], has_table: bool) -> Iterator[Case]:
     """What is measured in one mode. `has_table`: the engine knows a K by batch size."""
     if mode == "production" and has_table:
-        # Before any other: a K that was set stays.
         for concurrency in concurrencies:
             yield from _both_loads(Case(mode, concurrency, "by load", None))
+        return
     # Native and remote in one engine are for the periods of their steps, which a sustained load leaves as they are.
     loads = _both_loads if mode in ("target", "native") or not has_table else _one_batch
+    # Over TCP the same is asked; what the wire adds shows where most is sent.
+    has_variants = has_table and mode != "tcp"
     for concurrency in concurrencies:
-        can_take_turns = has_table and mode in REMOTE and concurrency >= LEAST_IN_TURNS
+        can_take_turns = has_variants and mode in REMOTE and concurrency >= LEAST_IN_TURNS
         for halves in (1, 2) if can_take_turns else (1,):
             yield from loads(Case(mode, concurrency, "static", 0 if mode == "target" else K, halves))
             k = k_by_batch_size(concurrency // halves)
-            if has_table and k != K:
+            if has_variants and k != K:
                 yield from loads(Case(mode, concurrency, "by batch size", k, halves))
 
 
@@ -143,7 +147,7 @@ def _parts(
 
 def _batch_rate(llm: Any, arguments: argparse.Namespace, mode: str, concurrency: int, length: int) -> float:
     """Tokens a second of batches, one after another, from their prompts to the end of their last requests."""
-    rounds = 1 if arguments.tiny or mode == "target" else max(LEAST_ROUNDS, min(8, 32 // concurrency))
+    rounds = 1 if arguments.tiny or mode == "target" else max(LEAST_ROUNDS, min(8, 64 // concurrency))
     seconds = sum(_generate(llm, arguments, concurrency, length) for _ in range(rounds))
     return concurrency * length * rounds / seconds
 
@@ -213,11 +217,13 @@ def _kv_cache_tokens(llm: Any) -> int:
 
 
 def counters_of(llm: Any) -> dict[str, float]:
-    """Drafts that were verified so far, their tokens, and those of them that were accepted."""
+    """Drafts that were verified so far, their tokens, those of them that were accepted, and prompt tokens that were
+    found in the target's cache."""
     names = {
         "vllm:spec_decode_num_drafts": "drafts",
         "vllm:spec_decode_num_draft_tokens": "drafted",
         "vllm:spec_decode_num_accepted_tokens": "accepted",
+        "vllm:prefix_cache_hits": "cached_tokens",
     }
     return {names[metric.name]: metric.value for metric in llm.get_metrics() if metric.name in names}
 
@@ -227,7 +233,12 @@ def _asked(llm: Any, arguments: argparse.Namespace, mode: str) -> dict[str, floa
     if mode not in REMOTE:
         return {}
     if not arguments.tiny:
-        return llm.collective_rpc("draft_counters")[0]
+        counters = llm.collective_rpc("draft_counters")[0]
+        if mode == "tcp":
+            # The mailbox knows what the sidecar has waited for; what the draft has worked it says itself.
+            own = json.loads((arguments.folder / STATS).read_text())
+            counters |= {"answered": own["steps"], "draft_us": own["busy_us"]}
+        return counters
     status = read_status(arguments.folder / "status") or {}
     answered = status["round_trip_ms_count"]
     return {"answered": answered, "draft_us": 1000 * status["round_trip_ms_sum"], "passed": 0, "released": 0}

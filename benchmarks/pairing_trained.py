@@ -6,6 +6,9 @@
 The target is SmolLM2-135M-Instruct, the draft a directory with weights of its own, such as `benchmarks.draft_quality`
 keeps in `STATE/drafts/equal`. Acceptance is the draft's own, greedy and up to each answer's end, the same K for both
 ways of drafting. With two GPUs the draft has the second. `--tiny`: float32, a few short answers, vLLM's V1 runner.
+
+The last two rows are of 16 questions behind the same 2,000 tokens, with vLLM's prefix caching on: `cached` is whether
+they share what it holds, or each has a salt of its own, so that nothing is found.
 """
 
 from __future__ import annotations
@@ -33,6 +36,9 @@ from unmask.models.dflash import DFlashConfig
 from unmask.targets import resolve_target
 
 MODES = ("target", "native", "remote")
+ROLES = (*MODES, "prefix")
+SHARED_TOKENS = 2000
+SHARING = 16
 LONGEST = 256
 """Of an answer, in tokens."""
 ROUNDS = 3
@@ -52,7 +58,7 @@ def main() -> None:
         pair = ("--pair", str(resolve_target(EMBEDDED_TARGET)), str(arguments.draft))
         with draft_process(arguments, *pair) as draft:
             await_link(arguments, draft)
-            for mode in MODES:
+            for mode in arguments.modes:
                 command = [sys.executable, "-m", "benchmarks.pairing_trained", *sys.argv[1:]]
                 command += [f"--folder={folder}", f"--role={mode}"]
                 environment = os.environ | engine_environment(arguments, 0)
@@ -69,8 +75,11 @@ def run_engine(arguments: argparse.Namespace) -> None:
 
     target, (draft, _) = resolve_target(EMBEDDED_TARGET), read_config(arguments.draft)
     llm = LLM(**engine_options(arguments, target, draft))
-    if arguments.role == "remote":
+    if arguments.role in ("remote", "prefix"):
         await_draft(llm, arguments)
+    if arguments.role == "prefix":
+        run_prefix(llm, arguments, target, draft)
+        return
     prompts = Prompts(arguments.data, AutoTokenizer.from_pretrained(target), 400).gsm8k()
     for concurrency in arguments.concurrency:
         asked = prompts[: max(concurrency, 2 if arguments.tiny else 16)]
@@ -97,14 +106,14 @@ def run_engine(arguments: argparse.Namespace) -> None:
 
 def engine_options(arguments: argparse.Namespace, target: Path, draft: DFlashConfig) -> dict[str, Any]:
     """vLLM's arguments for a mode."""
-    most, k = max(arguments.concurrency), draft.block_size - 1
+    most, k, shares = max(arguments.concurrency), draft.block_size - 1, arguments.role == "prefix"
     options: dict[str, Any] = {
         "model": str(target),
         "skip_tokenizer_init": True,
         "dtype": "float32" if arguments.tiny else "bfloat16",
-        "max_model_len": 1024,
-        "max_num_seqs": most,
-        "enable_prefix_caching": False,
+        "max_model_len": 3072 if shares else 1024,
+        "max_num_seqs": SHARING if shares else most,
+        "enable_prefix_caching": shares,
         "disable_log_stats": False,
     }
     if arguments.tiny:
@@ -123,20 +132,64 @@ def engine_options(arguments: argparse.Namespace, target: Path, draft: DFlashCon
     return with_remote_draft(options, remote, "v1" if arguments.tiny else "v2")
 
 
+def run_prefix(llm: Any, arguments: argparse.Namespace, target: Path, draft: DFlashConfig) -> None:
+    """Print what is accepted behind a shared prompt, found in the target's cache or computed anew."""
+    source = Prompts(arguments.data, AutoTokenizer.from_pretrained(target), 400)
+    shared = source.examples(SHARED_TOKENS)
+    asked = [shared + prompt for prompt in source.gsm8k()[: 4 if arguments.tiny else SHARING]]
+    # What is shared is there when they come.
+    generate(llm, arguments, asked[:1], ["shared"], 1)
+    for is_cached in (True, False):
+        salts = ["shared" if is_cached else f"own {i}" for i in range(len(asked))]
+        before = counters_of(llm)
+        generate(llm, arguments, asked, salts)
+        after = counters_of(llm)
+        drafts, accepted, found = (after[n] - before.get(n, 0) for n in ("drafts", "accepted", "cached_tokens"))
+        row = {
+            "mode": "remote",
+            "shape": "smollm2-135m",
+            "draft": "trained",
+            "concurrency": len(asked),
+            "prompt_tokens": sum(map(len, asked)),
+            "cached": is_cached,
+            "cached_tokens": found,
+            "k": draft.block_size - 1,
+            "acceptance_length": round(1 + accepted / drafts, 3),
+            "gpus": 0 if arguments.tiny else arguments.gpus,
+            "machine": machine_of(arguments),
+        }
+        print(json.dumps(row), flush=True)
+
+
 def answer(llm: Any, arguments: argparse.Namespace, asked: list[list[int]], concurrency: int) -> float:
     """Tokens a second of answers to all prompts, so many at a time."""
+    tokens, began = 0, time.perf_counter()
+    for start in range(0, len(asked), concurrency):
+        batch = asked[start : start + concurrency]
+        tokens += generate(llm, arguments, batch, [""] * len(batch))
+    return tokens / (time.perf_counter() - began)
+
+
+def generate(
+    llm: Any, arguments: argparse.Namespace, asked: list[list[int]], salts: list[str], longest: int = LONGEST
+) -> int:
+    """Greedy answers up to their ends; the number of their tokens.
+
+    Args:
+        salts: requests of one salt share what vLLM caches; of an empty one any do.
+    """
     from vllm import SamplingParams
 
     ends = json.loads((resolve_target(EMBEDDED_TARGET) / "config.json").read_text())["eos_token_id"]
     params = SamplingParams(
-        temperature=0.0, max_tokens=16 if arguments.tiny else LONGEST, detokenize=False,
+        temperature=0.0, max_tokens=min(16, longest) if arguments.tiny else longest, detokenize=False,
         stop_token_ids=ends if isinstance(ends, list) else [ends],
     )  # fmt: skip
-    tokens, began = 0, time.perf_counter()
-    for start in range(0, len(asked), concurrency):
-        batch = [{"prompt_token_ids": prompt} for prompt in asked[start : start + concurrency]]
-        tokens += sum(len(o.outputs[0].token_ids) for o in llm.generate(batch, params, use_tqdm=False))
-    return tokens / (time.perf_counter() - began)
+    batch: list[dict[str, Any]] = [
+        {"prompt_token_ids": prompt} | ({"cache_salt": salt} if salt else {})
+        for prompt, salt in zip(asked, salts, strict=True)
+    ]
+    return sum(len(o.outputs[0].token_ids) for o in llm.generate(batch, params, use_tqdm=False))
 
 
 def _parse() -> argparse.Namespace:
@@ -147,7 +200,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, choices=(1, 2), default=2, help="1 puts target and draft on one")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--tiny", action="store_true", help="few short answers on the CPU: shows that it runs")
-    parser.add_argument("--role", choices=MODES, help=argparse.SUPPRESS)
+    parser.add_argument("--modes", nargs="+", choices=ROLES, default=ROLES, help="default: all")
+    parser.add_argument("--role", choices=ROLES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.tiny:

@@ -42,6 +42,8 @@ _LADDER = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 19
 """Batch sizes with graphs of their own."""
 _WITH_PROMPTS = (96, 128, 192, 256, 384, 512)
 """Tokens of steps with prompts that have graphs, where those of decoding steps do not reach as far."""
+_PROMPTS_BESIDE = (64, 128, 256, 512)
+"""Tokens of prompts that a full batch of decoding requests takes beside it within a graph."""
 
 _REQUIRED = {"speculative_config": None, "async_scheduling": False}
 
@@ -153,7 +155,8 @@ def graphs_of(max_num_seqs: int, ks: Collection[int]) -> dict[str, Any]:
     kernels of these steps would take longer than they run. vLLM by itself makes none beyond 512 tokens."""
     batches = [n for n in _LADDER if n < max_num_seqs] + [max_num_seqs]
     decoding = sorted({n * (k + 1) for n in batches for k in ks})
-    sizes = decoding + [size for size in _WITH_PROMPTS if size > decoding[-1]]
+    mixed = {*_WITH_PROMPTS, *(decoding[-1] + tokens for tokens in _PROMPTS_BESIDE)}
+    sizes = decoding + sorted(size for size in mixed if size > decoding[-1])
     return {
         "cudagraph_mode": "FULL_AND_PIECEWISE",
         "cudagraph_capture_sizes": sizes,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,6 +27,10 @@ _TABLE_EVERY = 32
 _MOST_PENDING = 16
 _MARGIN = 1.03
 """A K is given up for another that promises this much more."""
+_TRIED = 16.0
+"""Measurements of a row count after which its cost is known."""
+_TRIALS = 2
+"""How often a K is tried, at most, for the sizes of a span."""
 _SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 Mark = torch.cuda.Event | float
@@ -59,6 +63,7 @@ class LoadWatch:
         most = len(self.table) - 1
         self._sizes = [*(n for n in _SIZES if n < most), most]
         self._seen: set[int] = set()
+        self._trials: Counter[tuple[int, int]] = Counter()
         self._answered: Mark | None = None
         self._open: _Sample | None = None
         self._pending: deque[_Sample] = deque()
@@ -114,21 +119,36 @@ class LoadWatch:
             controller.observe_acceptance([sample.verified] * n, accepted)
 
     def _new_table(self) -> list[int] | None:
-        """The best K for the batch sizes that were seen; a K stays while none is clearly better."""
+        """The best K for the batch sizes that were seen; a K stays while none is clearly better. Before it does, the
+        next larger one is tried until its cost is known: nobody measures what is never chosen."""
         ks, table = self.controller.ks.tolist(), list(self.table)
         for first, size in itertools.pairwise([0, *self._sizes]):
-            if not any(first < n <= size for n in self._seen):
+            seen = [n for n in self._seen if first < n <= size]
+            if not seen:
                 continue
             kept = self.table[size]
             rates = self.controller.rates(size)
-            best = int(rates.argmax())
-            if kept not in ks or rates[best] > _MARGIN * rates[ks.index(kept)]:
-                table[first + 1 : size + 1] = [ks[best]] * (size - first)
+            best = ks[int(rates.argmax())]
+            if kept in ks and rates.max() <= _MARGIN * rates[ks.index(kept)]:
+                best = self._on_trial(kept, max(seen), size) or kept
+            table[first + 1 : size + 1] = [best] * (size - first)
         self._seen.clear()
         if table == self.table:
             return None
         self.table = table
         return table
+
+    def _on_trial(self, kept: int, batch_size: int, size: int) -> int | None:
+        """The next larger K, if little is known of what it costs."""
+        larger = next((int(k) for k in self.controller.ks if k > kept), None)
+        if larger is None or self.controller.costs["verify"].evidence(batch_size * (larger + 1)) >= _TRIED:
+            return None
+        lengths = self.controller.acceptance.lengths()
+        if lengths[larger] <= _MARGIN * lengths[kept]:
+            # Not even if its rows cost nothing.
+            return None
+        self._trials[larger, size] += 1
+        return larger if self._trials[larger, size] <= _TRIALS else None
 
     def _mark(self) -> Mark:
         if not self._on_gpu:

@@ -41,7 +41,6 @@ from unmask.errors import ConfigError
 from unmask.files import private_folder
 from unmask.pairing.attendants import Attendants
 from unmask.pairing.coming_rows import ComingRows
-from unmask.pairing.hello import TargetShape
 from unmask.pairing.mailbox import Mailbox
 from unmask.pairing.mailbox_folder import new_path
 from unmask.pairing.mailbox_layout import Layout
@@ -124,10 +123,10 @@ class RemoteSpeculator(BaseSpeculator):
         path, vocab_size = str(self.mailbox.path), model.get_vocab_size()
         limit = os.environ.get(WATCHDOG_VARIABLE, _DEFAULT_WATCHDOG_MS)
         attendants = [["unmask.pairing.watchdog", path, f"--limit-ms={limit}"]]
-        if folder:
-            shape = TargetShape(hidden_size=self.width, vocab_size=vocab_size, layer_ids=tuple(layer_ids))
-        else:
-            shape = target_shape(self.width, vocab_size, layer_ids, str(link_file))
+        # Beside a folder it says no more than which target this is, and need not be there.
+        names_target = link_file is not None and (not folder or Path(link_file).exists())
+        shape = target_shape(self.width, vocab_size, layer_ids, link_file if names_target else None)
+        if not folder:
             sizes = [f"--vocab-size={vocab_size}", "--layer-ids", *map(str, layer_ids)]
             attendants.append(["unmask.pairing.sidecar", f"--mailbox={path}", f"--link-file={link_file}", *sizes])
         words = PinnedMailbox(self.mailbox) if self.device.type == "cuda" else HostWords(self.mailbox)

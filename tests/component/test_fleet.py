@@ -199,3 +199,18 @@ def test_epochs_that_no_greeting_tells_of_are_counted(tmp_path) -> None:
     fleet.begin_epoch()
     assert fleet.status["epoch"] == 6
     fleet.close()
+
+
+def test_a_draft_that_is_left_forgets_its_requests(serve, fleet_of, vocabulary) -> None:
+    """As when a sidecar hands its mailbox to a draft beside it: what runs on is not named again over the wire."""
+    servers = [serve(), serve()]
+    fleet = fleet_of(*servers)
+    raws = [raw_features(6, seed=i) for i in range(4)]
+    fleet.propose([row(i, 0, 6) for i in range(4)], torch.cat(raws))
+    assert [server.stats().resident_requests for server in servers] == [2, 2]
+    fleet.leave()
+    # One comes back before the drafts are told.
+    fleet.propose([row(0, 6, 2)], raw_features(2, seed=9))
+    eventually(lambda: [server.stats().resident_requests for server in servers] == [1, 0])
+    assert fleet.status["failures"] == 0
+    assert fleet.status["drafts_connected"] == 2

@@ -152,7 +152,7 @@ def test_a_stream_waits_for_the_reply_and_the_cpu_does_not(shared: Path) -> None
     mailbox.tokens[:] = 99 << 32
     taken: list[torch.Tensor] = []
     # CUDA loads a kernel at its first launch, which waits for the stream: here for the answer that comes after it.
-    take_tokens(torch.from_numpy(mailbox.tokens).cuda(), 0, -1)
+    take_tokens(torch.from_numpy(mailbox.tokens).cuda(), 0, 1000, -1)
     # Whatever fails here must not leave the stream waiting for ever.
     with watchdog(mailbox, 5000):
         for ahead in range(1, 7):
@@ -161,7 +161,7 @@ def test_a_stream_waits_for_the_reply_and_the_cpu_does_not(shared: Path) -> None
             words.write(DOORBELL, number)
             words.wait(REPLY, number)
             found = torch.from_numpy(mailbox.tokens).to("cuda", non_blocking=True, copy=True)
-            taken.append(take_tokens(found, number, -1))
+            taken.append(take_tokens(found, number, 1000, -1))
             assert not is_reached(mailbox.word(REPLY), number)
             eventually(lambda number=number: mailbox.word(DOORBELL) == number)
             assert mailbox.is_waiting

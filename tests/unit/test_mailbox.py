@@ -17,16 +17,18 @@ from unmask.errors import ConfigError, WireError
 from unmask.files import private_folder
 from unmask.pairing import mailbox_reader
 from unmask.pairing.coming_rows import ComingRows
-from unmask.pairing.hello import hello_of
+from unmask.pairing.hello import NO_DIGEST, Hello, hello_of
+from unmask.pairing.link_file import LinkConfig, write_link_file
 from unmask.pairing.mailbox import Control, Mailbox, is_orphaned, take_tokens
 from unmask.pairing.mailbox_folder import new_path
-from unmask.pairing.mailbox_layout import DEPTH, Layout
+from unmask.pairing.mailbox_layout import Layout
 from unmask.pairing.mailbox_reader import Asked, MailboxReader, MailboxService
 from unmask.pairing.mailbox_target import MailboxTarget, write_offer
 from unmask.pairing.mailbox_words import (
     ALIVE,
     BEGUN,
     CONTROL,
+    DEPTH,
     DOORBELL,
     HEARTBEAT,
     LATE,
@@ -37,6 +39,7 @@ from unmask.pairing.mailbox_words import (
     is_reached,
     signed,
 )
+from unmask.pairing.sidecar import target_shape
 from unmask.pairing.stream_words import HostWords
 from unmask.pairing.watchdog import Watchdog
 
@@ -124,7 +127,10 @@ def test_control_and_rows_arrive_as_through_a_queue(mailbox, first: int) -> None
             if rng.random() < 0.3:
                 told = np.array([rng.randint(0, 3) for _ in range(count)])
                 hashes = np.array([rng.randrange(2**64) for _ in range(told.sum())], dtype=np.uint64)
-                entry = replace(entry, num_hashes=told, page_hashes=hashes)
+                # Of some requests fewer rows come than were foretold: their pages are not full.
+                most = np.array([rows_come + (rng.random() < 0.2) for _, rows_come, _ in rows])
+                coming = ComingRows(most, np.arange(count))
+                entry = replace(entry, num_hashes=told, page_hashes=hashes, coming=coming)
             mailbox.post(entry)
             posted.append((number, entry, rows))
         if posted and answered == rung and rng.random() < 0.7:
@@ -143,14 +149,15 @@ def test_control_and_rows_arrive_as_through_a_queue(mailbox, first: int) -> None
         assert [row[:4] for row in asked.rows.tolist()] == [
             (request, *row) for request, row in zip(entry.requests.tolist(), rows, strict=True)
         ]
-        told = entry.num_hashes if len(entry.page_hashes) else np.zeros(len(rows))
-        assert asked.rows["num_hashes"].tolist() == told.tolist()
-        assert asked.page_hashes.tolist() == entry.page_hashes.tolist()
+        told = entry.num_hashes if len(entry.page_hashes) else np.zeros(len(rows), dtype=np.int64)
+        came = np.array([rows_come for _, rows_come, _ in rows]) == entry.coming.most
+        assert asked.rows["num_hashes"].tolist() == np.where(came, told, 0).tolist()
+        assert asked.page_hashes.tolist() == entry.page_hashes[np.repeat(came, told)].tolist()
         assert len(asked.features) == sum(count for _, count, _ in rows)
         assert (asked.features == number % 2**32 % 1000).all()
         finished_read += asked.finished
         assert mailbox.answer(asked.number, *answers(*[[7] * entry.num_speculative_tokens] * len(rows)))
-        tokens = take_tokens(torch.from_numpy(mailbox.tokens), number % 2**32, -1)
+        tokens = take_tokens(torch.from_numpy(mailbox.tokens), number % 2**32, 1000, -1)
         assert (tokens[: len(rows), : entry.num_speculative_tokens] == 7).all()
         assert int((tokens == 7).sum()) == len(rows) * entry.num_speculative_tokens
         answered = rung
@@ -170,7 +177,7 @@ def test_what_was_written_for_another_step_is_never_read(mailbox) -> None:
     ring(mailbox, 2**32 - 1, [(2, 1, 5), (3, 1, 5)])
     asked = reader.next()
     mailbox.release(asked.number)
-    assert (take_tokens(torch.from_numpy(mailbox.tokens), asked.number, -1) == -1).all()
+    assert (take_tokens(torch.from_numpy(mailbox.tokens), asked.number, 1000, -1) == -1).all()
     assert not mailbox.answer(asked.number, *answers([9] * K, [9] * K))
     assert mailbox.word(LATE) == 1
     # Rows of which one is another step's, and features that the GPU has begun to overwrite.
@@ -455,7 +462,7 @@ def test_features_that_were_overwritten_while_they_were_read_are_forgotten(mailb
     mailbox.set_word(BEGUN, 2)
     echo.delay.clear()
     eventually(lambda: echo.forgotten == 1)
-    assert (take_tokens(torch.from_numpy(mailbox.tokens), 1, -1) == -1).all()
+    assert (take_tokens(torch.from_numpy(mailbox.tokens), 1, 1000, -1) == -1).all()
 
 
 def test_a_folder_that_others_can_write_to_is_refused(tmp_path) -> None:
@@ -463,3 +470,66 @@ def test_a_folder_that_others_can_write_to_is_refused(tmp_path) -> None:
     (tmp_path / "new").chmod(0o722)
     with pytest.raises(ConfigError, match="other users"):
         private_folder(tmp_path / "new")
+
+
+def test_ids_beyond_the_vocabulary_are_none(mailbox) -> None:
+    mailbox.answer(5, *answers([1, 96, 97, 2**31 - 1]))
+    assert take_tokens(torch.from_numpy(mailbox.tokens), 5, 97, -1)[0, :4].tolist() == [1, 96, -1, -1]
+
+
+def test_a_projection_that_cannot_be_read_yet_is_tried_again(mailbox, echo, monkeypatch) -> None:
+    tries = []
+
+    def read(box: Mailbox) -> Hello:
+        tries.append(box)
+        if len(tries) < 3:
+            raise OSError("descriptors are short")
+        return echo.hello
+
+    monkeypatch.setattr("unmask.pairing.mailbox_target.read_offer", read)
+    target = MailboxTarget(mailbox, HostWords(mailbox), SHAPE, CPU)
+    mailbox.set_long_word(HEARTBEAT, time.monotonic_ns() + 3600 * 10**9)
+    eventually(lambda: mailbox.long_word(OFFERED) == 77)
+    target.start()
+    eventually(lambda: target.is_ready)
+    assert len(tries) == 3
+    target.close()
+
+
+def test_a_target_is_who_its_link_file_says_it_is(mailbox, echo, tmp_path) -> None:
+    write_link_file(tmp_path / "link", LinkConfig(address=None, secret_file="s", target_digest="0f" * 32))
+    sizes = (SHAPE.hidden_size, SHAPE.vocab_size, SHAPE.layer_ids)
+    assert target_shape(*sizes, None).target_digest == NO_DIGEST
+    shape = target_shape(*sizes, tmp_path / "link")
+    echo.hello = replace(echo.hello, target_digest=b"\xf0" * 32, draft_version=78)
+    mailbox.set_long_word(HEARTBEAT, time.monotonic_ns() + 3600 * 10**9)
+    eventually(lambda: mailbox.long_word(OFFERED) == 78)
+    target = MailboxTarget(mailbox, HostWords(mailbox), shape, CPU)
+    target.start()
+    assert not target.is_ready
+    echo.hello = replace(echo.hello, target_digest=b"\x0f" * 32, draft_version=79)
+    eventually(lambda: target.is_ready)
+    target.close()
+
+
+def test_a_late_reply_does_not_bring_back_what_was_let_go(mailbox) -> None:
+    watchdog = Watchdog(mailbox, limit_s=1.0)
+    start_at(mailbox, 2**32 - 2)
+    mailbox.set_word(BEGUN, 2**32 - 1)
+    for now_s in (10, 11):
+        watchdog.look(now_s * 10**9)
+    assert mailbox.word(REPLY) == 2**32 - 1
+    mailbox.set_word(BEGUN, 0)
+    for late_ns in (1, 2):
+        watchdog.look(11 * 10**9 + late_ns)
+    assert mailbox.word(REPLY) == 0
+    # The draft's stream stores its answer to the step before.
+    mailbox.set_word(REPLY, 2**32 - 1)
+    watchdog.look(11 * 10**9 + 3)
+    assert mailbox.word(REPLY) == 0
+    # Half a cycle later the same number would be one that is still to come.
+    start_at(mailbox, DEPTH)
+    watchdog.look(12 * 10**9)
+    start_at(mailbox, 2**31 + 5)
+    watchdog.look(13 * 10**9)
+    assert mailbox.word(REPLY) == 2**31 + 5

@@ -204,3 +204,17 @@ def test_a_clock_tells_what_the_steps_took() -> None:
     clock.drafted(1, 3, answered=True)
     assert costs["verify"].seconds(np.array([8])) == pytest.approx([2.0])
     assert costs["draft"].seconds(np.array([4])) == pytest.approx([0.1])
+
+
+def test_a_pause_in_a_first_measurement_does_not_last() -> None:
+    curve = CostCurve()
+    for rows in [16, 32, 64, 128] * 30:
+        curve.observe(rows, verify_s(rows))
+    curve.observe(256, 5.0)
+    for _ in range(9):
+        curve.observe(256, verify_s(256))
+    assert curve.evidence(256) == 10
+    assert curve.evidence(512) == 0
+    estimate = curve.seconds(np.array([256]))
+    assert estimate is not None
+    assert estimate[0] < 1.75 * verify_s(256)

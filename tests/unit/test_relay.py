@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -209,3 +210,24 @@ def test_rows_that_are_not_what_was_announced_are_refused(relayed, rows, tag: in
     with pytest.raises(WireError, match=message):
         relayed.send_rows(step_of(relayed.engine, 1, rows), tag)
     assert (relay._box.rows == before).all()
+
+
+def test_requests_that_ended_are_told_though_they_do_not_fit_one_entry(relayed) -> None:
+    for number, first in enumerate((0, 8, 16), start=1):
+        rows = [(first + i, 0, 2, 5) for i in range(8 if first < 16 else 4)]
+        relayed.relay.answer(step_of(relayed.engine, number, rows))
+        relayed.relay.reply_sent()
+    eventually(lambda: relayed.engine.resident_requests == 20)
+    ended = np.arange(20, dtype="<u8")
+    for number in range(4, 7):
+        step = replace(step_of(relayed.engine, number, [(50, 2 * (number - 4), 2, 5)]), finished=ended)
+        relayed.relay.answer(step)
+        relayed.relay.reply_sent()
+        ended = ended[:0]
+    eventually(lambda: relayed.engine.resident_requests == 1)
+
+
+def test_a_request_that_is_named_twice_is_refused(relayed) -> None:
+    step = step_of(relayed.engine, 1, [(7, 0, 2, 5), (8, 0, 1, 5), (7, 2, 2, 5)])
+    with pytest.raises(WireError, match="named twice"):
+        relayed.engine.check(step)

@@ -102,7 +102,10 @@ class AheadStep:
         served = (tags == signed(control.number)) & (starts == self.lengths)
         served &= (counts > 0) & (counts <= control.coming.most)
         picked = np.flatnonzero(served)
-        hashes = [self.hashes[i] for i in picked] if self.hashes else None
+        # Hashes are of the pages that all of the foretold rows fill.
+        hashes = (
+            [self.hashes[i] if counts[i] == control.coming.most[i] else [] for i in picked] if self.hashes else None
+        )
         cache.reserve([self.keys[i] for i in picked], starts[picked], counts[picked], hashes)
         cache.tables.trim(self.keys)
         k, ends = control.num_speculative_tokens, starts + counts

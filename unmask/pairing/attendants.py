@@ -43,11 +43,33 @@ class Attendants:
 
     def _attend(self) -> None:
         while not self._closing.wait(_LOOK_S):
-            for i, (command, process) in enumerate(zip(self._commands, self._processes, strict=True)):
-                if process.poll() is not None:
-                    logger.warning("%s ended with code %s; starting another", command[2], process.returncode)
-                    _end(process)
-                    self._processes[i] = _start(command)
+            for i in range(len(self._processes)):
+                self._look_after(i)
+
+    def _look_after(self, i: int) -> None:
+        command, process = self._commands[i], self._processes[i]
+        if process.poll() is None:
+            if not _is_stopped(process):
+                return
+            # Nobody may go on with it for long, and meanwhile it does nothing of what it is there for.
+            logger.warning("%s is stopped; starting another", command[2])
+            process.kill()
+        else:
+            logger.warning("%s ended with code %s; starting another", command[2], process.returncode)
+        _end(process)
+        try:
+            self._processes[i] = _start(command)
+        except OSError as error:
+            # Such as no memory for another process: it is tried again.
+            logger.warning("%s cannot be started: %s", command[2], error)
+
+
+def _is_stopped(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a child that has not ended has been stopped, as by SIGSTOP."""
+    try:
+        return os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return False
 
 
 def _start(command: list[str]) -> subprocess.Popen[bytes]:

@@ -20,6 +20,8 @@ _AHEAD_BYTES = 2**12
 _SOCKET_BYTES = 2**23
 """Buffered by the kernel, so that a step's rows are sent without waiting for them to be read."""
 _TIMEOUT_S = 1e-3
+_SILENT_S, _PROBE_S, _PROBES = 10, 5, 3
+"""A peer whose host is gone says nothing: after so long it is probed, and given up when no probe is answered."""
 
 
 def parse_address(address: str) -> str | tuple[str, int]:
@@ -52,6 +54,7 @@ class Channel:
         self._timeout = sock.gettimeout()
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _keep_alive(sock)
             _widen(sock)
 
     @classmethod
@@ -201,6 +204,16 @@ def listen(host: str, port: int) -> socket.socket:
     listener.bind(path)
     listener.listen()
     return listener
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    """Let a read fail, with ETIMEDOUT, whose peer's host has vanished."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENT_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
+    # What was sent and never acknowledged holds the probes back.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * (_SILENT_S + _PROBES * _PROBE_S))
 
 
 def _widen(sock: socket.socket) -> None:

@@ -177,6 +177,10 @@ class DraftLink:
             version, k, lambda c, k, end: c.exchange(rows, context, finished, hashes=hashes, k=k, deadline=end)
         )
 
+    def end(self, requests: Sequence[int]) -> None:
+        """Requests that this draft will not be asked for any more, though they may run on."""
+        self._exchange(None, None, lambda connection, _, deadline: connection.end(requests, deadline))
+
     def announce(self, announcement: Announcement) -> int:
         """Tell a draft that queues announced steps of one to come, whose rows are sent by `ask_announced`.
 

@@ -148,6 +148,8 @@ class DraftEngine:
         ends = step.rows["start"].astype(np.int64) + step.rows["num_features"]
         if len(ends) and int(ends.max()) > _MAX_POSITION:
             raise WireError("a row beyond every sequence")
+        if len(np.unique(step.rows["request"])) < len(step.rows):
+            raise WireError("a request is named twice")
         if (step.rows["num_hashes"] > ends // self._page_size).any():
             raise WireError("more page hashes than full pages")
 
@@ -254,6 +256,12 @@ class DraftEngine:
         if self._embedding.shape != (config.vocab_size, config.hidden_size):
             raise PairingError(
                 f"the draft was made for {config.vocab_size} x {config.hidden_size}, the target's table is "
+                f"{self._embedding.shape[0]} x {self._embedding.shape[1]}",
+                field="vocab_size",
+            )
+        if self._lm_head.shape != self._embedding.shape:
+            raise PairingError(
+                f"the target's LM head is {self._lm_head.shape[0]} x {self._lm_head.shape[1]}, its embedding "
                 f"{self._embedding.shape[0]} x {self._embedding.shape[1]}",
                 field="vocab_size",
             )

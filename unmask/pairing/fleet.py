@@ -7,7 +7,7 @@ the fewest requests are. When a draft is gone its requests move at once; what th
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,6 +55,8 @@ class DraftFleet:
         self._new_link = lambda index: DraftLink(path, shape, num_speculative_tokens, device, index=index)
         self._epochs = 0.0
         self._home: dict[int, int] = {}
+        self._left: deque[tuple[int, int]] = deque()
+        """Drafts that were left by a request which they may hold yet, and the request."""
         self._prefixes: OrderedDict[int, int] = OrderedDict()
         self._pool = ThreadPoolExecutor(thread_name_prefix="draft_fleet")
         self._closing = threading.Event()
@@ -97,6 +99,11 @@ class DraftFleet:
         """What drafts have seen so far is lost without a new greeting; `before` counts epochs of a time before this."""
         self._epochs += 1 + before
         self._sum_up()
+
+    def leave(self) -> None:
+        """Somebody else drafts from now on: what the drafts hold of the requests under way is of no use any more."""
+        self._left.extend((home, request) for request, home in self._home.items())
+        self._home.clear()
 
     def hang_up(self) -> None:
         """End the epochs of all links (see `DraftLink.hang_up`)."""
@@ -210,6 +217,8 @@ class DraftFleet:
         for row in rows:
             home = self._home.get(row.request)
             if home not in ready:
+                if home is not None:
+                    self._left.append((home, row.request))
                 home = self._choose(row, ready, load)
                 load[home] += 1
             self._home[row.request] = home
@@ -233,8 +242,20 @@ class DraftFleet:
                 link = self._new_link(len(self.links))
                 link.start()
                 self.links.append(link)
+            self._tell_left()
             self._sum_up()
             self._closing.wait(_POLL_S)
+
+    def _tell_left(self) -> None:
+        """Let drafts forget the requests that have moved on; one that is gone has forgotten them already."""
+        left: dict[int, list[int]] = {}
+        for _ in range(len(self._left)):
+            home, request = self._left.popleft()
+            # It may have come back since.
+            if self._home.get(request) != home:
+                left.setdefault(home, []).append(request)
+        for home, requests in left.items():
+            self.links[home].end(requests)
 
     def _num_drafts(self) -> int:
         try:

@@ -87,12 +87,16 @@ class LocalDrafting:
         weights = self._engine.weights
         if not self._engine.runs_ahead:
             return
+        end: StreamEnd | None = None
         try:
             with torch.cuda.device_of(weights):
                 end = StreamEnd(mailbox, PinnedMailbox(mailbox) if weights.is_cuda else HostWords(mailbox))
                 self._engine.prepare_ahead(end, mailbox.word(REPLY))
-        except ConfigError as error:
+        except (ConfigError, RuntimeError) as error:
+            # Such as memory that cannot be pinned. If the device has failed the engine notices with the next step.
             logger.warning("steps are drafted once their doorbell has rung: %s", error)
+            if end is not None:
+                end.close()
             return
         self._end = end
 

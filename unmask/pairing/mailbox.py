@@ -30,11 +30,12 @@ from torch import Tensor
 from unmask.errors import ConfigError, WireError
 from unmask.files import atomic_path
 from unmask.pairing.coming_rows import ComingRows
-from unmask.pairing.mailbox_layout import DEPTH, ENTRY, HEADER, MAX_HASHES, Layout
+from unmask.pairing.mailbox_layout import ENTRY, HEADER, MAX_HASHES, Layout
 from unmask.pairing.mailbox_words import (
     ANSWERED,
     BEGUN,
     CONTROL,
+    DEPTH,
     DRAFT_NS,
     LATE,
     REPLY,
@@ -243,9 +244,13 @@ class Mailbox(MailboxWords):
         return self.memory[self.layout.control_at + number % DEPTH * size :][:size]
 
 
-def take_tokens(words: Tensor, number: int, absent: int) -> Tensor:
-    """Ids int64 of token words [R, K] that carry a step's tag; `absent` in the place of all others."""
-    return torch.where(words >> 32 == signed(number), words & STEP_MASK, absent)
+def take_tokens(words: Tensor, number: int, vocab_size: int, absent: int) -> Tensor:
+    """Ids int64 of token words [R, K] that carry a step's tag; `absent` in the place of all others.
+
+    An id beyond the vocabulary is none either: the target would look it up in its embedding, whoever wrote it.
+    """
+    ids = words & STEP_MASK
+    return torch.where((words >> 32 == signed(number)) & (ids < vocab_size), ids, absent)
 
 
 def is_orphaned(path: str | Path) -> bool:

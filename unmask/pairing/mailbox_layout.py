@@ -8,11 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from unmask.errors import WireError
-from unmask.pairing.mailbox_words import MAGIC, PAGE
+from unmask.pairing.mailbox_words import DEPTH, MAGIC, PAGE
 from unmask.pairing.wire import MAX_SPECULATIVE_TOKENS, ROW_DTYPES, dtype_of
-
-DEPTH = 8
-"""Control entries; a target that is further ahead of the replies does not ask."""
 
 HEADER = struct.Struct("<8s6I")
 ENTRY = struct.Struct("<5I4xQII")

@@ -126,8 +126,12 @@ class MailboxReader:
         records["request"] = control.requests
         for i, name in enumerate(("start", "num_features", "last_token")):
             records[name] = rows[:, i]
+        hashes = control.page_hashes
         if control.num_hashes is not None:
-            records["num_hashes"] = control.num_hashes
+            # They are of the pages that all of the foretold rows fill.
+            as_foretold = rows[:, 1] == control.coming.most
+            records["num_hashes"] = np.where(as_foretold, control.num_hashes, 0)
+            hashes = hashes[np.repeat(as_foretold, control.num_hashes)]
         return Asked(
             number=number,
             k=control.num_speculative_tokens,
@@ -135,7 +139,7 @@ class MailboxReader:
             rows=records,
             features=box.features[: int(rows[:, 1].sum())],
             finished=finished,
-            page_hashes=control.page_hashes,
+            page_hashes=hashes,
         )
 
     def _pass_by(self, control: Control) -> None:

@@ -16,8 +16,8 @@ from unmask.files import atomic_path
 from unmask.pairing.coming_rows import ComingRows
 from unmask.pairing.hello import Hello, TargetShape, decode_hello, encode_hello
 from unmask.pairing.mailbox import Control, Mailbox, take_tokens
-from unmask.pairing.mailbox_layout import DEPTH, MAX_HASHES
-from unmask.pairing.mailbox_words import BEGUN, DOORBELL, OFFERED, REPLY, SERVING, STEP_MASK, TAKEN, is_reached
+from unmask.pairing.mailbox_layout import MAX_HASHES
+from unmask.pairing.mailbox_words import BEGUN, DEPTH, DOORBELL, OFFERED, REPLY, SERVING, STEP_MASK, TAKEN, is_reached
 from unmask.pairing.packed_rows import StepTensors, pack_rows
 from unmask.pairing.request_numbers import RequestNumbers
 from unmask.pairing.side_copies import copied_beside
@@ -55,6 +55,7 @@ class MailboxTarget:
         self._token_words = torch.from_numpy(mailbox.tokens)
         self._offer: Hello | None = None
         self._refused = 0
+        self._reason = ""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._follow_offers, name="mailbox_offers", daemon=True)
         self.asked = 0
@@ -182,7 +183,7 @@ class MailboxTarget:
         self._words.wait(REPLY, number)
         mark("answered")
         token_words = self._token_words[:num_rows].to(self._device, non_blocking=True, copy=True)
-        tokens = take_tokens(token_words, number, self._absent)
+        tokens = take_tokens(token_words, number, self._shape.vocab_size, self._absent)
         mark("taken")
         return tokens if k else torch.full_like(tokens, self._absent)
 
@@ -224,12 +225,14 @@ class MailboxTarget:
             self._shape.check(hello)
             if hello.draft_version == version:
                 self._offer = _on_device(hello, self._device)
-        except (OSError, UserError) as error:
+        except UserError as error:
             logger.warning("no proposals for now: %s", error)
             self._refused = version
-        except RuntimeError as error:
-            # Such as a device that has no memory left; it may have some later.
-            logger.warning("the draft's projection is not taken over yet: %s", error)
+        except (OSError, RuntimeError) as error:
+            # Such as a device that has no memory left, or descriptors that are short: it is tried again.
+            if (reason := str(error)) != self._reason:
+                logger.warning("the draft's projection is not taken over yet: %s", reason)
+            self._reason = reason
 
 
 def _told(hashes: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:

@@ -18,6 +18,9 @@ that grows while it polls, and the `time.monotonic_ns` before which the breaker 
 
 STEP_MASK = (1 << 32) - 1
 
+DEPTH = 8
+"""Control entries; a target that is further ahead of the replies does not ask."""
+
 MAGIC = b"UNMKMBX3"
 PAGE = 4096
 """The header and all words lie in the first one."""

@@ -19,7 +19,8 @@ _BUCKETS_PER_OCTAVE = 4
 _COST_WEIGHT = 0.1
 _MAX_COST_EVIDENCE = 32.0
 _OUTLIER = 4.0
-"""A pause of the host is no property of the row count: a cost counts at most this many times the estimate."""
+"""A pause of the host is no property of the row count: a cost counts at most this many times the estimate, the first of
+a bucket at most this many times what its neighbours make likely."""
 _ACCEPTANCE_DECAY = 0.98
 _PRIOR_ACCEPTANCE = 0.7
 _PRIOR_EVIDENCE = 4.0
@@ -41,14 +42,22 @@ class CostCurve:
 
     def observe(self, rows: int, seconds: float) -> None:
         """Take in one measurement of at least one row."""
-        bucket = round(_BUCKETS_PER_OCTAVE * math.log2(rows))
+        bucket, likely = _bucket(rows), self.seconds(np.array([rows]))
         if bucket not in self._rows:
+            if likely is not None:
+                seconds = min(seconds, _OUTLIER * float(likely[0]))
             self._rows[bucket], self._seconds[bucket], self._evidence[bucket] = float(rows), seconds, 1.0
             return
         seconds = min(seconds, _OUTLIER * self._seconds[bucket])
-        self._rows[bucket] += _COST_WEIGHT * (rows - self._rows[bucket])
-        self._seconds[bucket] += _COST_WEIGHT * (seconds - self._seconds[bucket])
+        # A plain mean at first: what the first of them was must not weigh more than the next ones.
+        weight = max(_COST_WEIGHT, 1 / (self._evidence[bucket] + 1))
+        self._rows[bucket] += weight * (rows - self._rows[bucket])
+        self._seconds[bucket] += weight * (seconds - self._seconds[bucket])
         self._evidence[bucket] = min(self._evidence[bucket] + 1, _MAX_COST_EVIDENCE)
+
+    def evidence(self, rows: int) -> float:
+        """Measurements that the estimate for so many rows rests on, the older of which have faded."""
+        return self._evidence.get(_bucket(rows), 0.0)
 
     def seconds(self, rows: np.ndarray) -> np.ndarray | None:
         """Estimates for row counts [N]; None before the first measurement."""
@@ -61,6 +70,10 @@ class CostCurve:
         )
         nearest = np.clip(rows, known[0], known[-1])
         return np.interp(rows, known, cost) * (0.5 + 0.5 * rows / nearest)
+
+
+def _bucket(rows: int) -> int:
+    return round(_BUCKETS_PER_OCTAVE * math.log2(rows))
 
 
 class Acceptance:

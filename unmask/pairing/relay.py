@@ -72,6 +72,8 @@ class Relay:
         self._service.start()
         self._number = self._box.word(REPLY)
         self._announced: Announcement | None = None
+        self._finished = np.empty(0, dtype=np.uint64)
+        """Ended requests that did not fit the control entries so far."""
         self._attention = Attention(spins=None)
         sharpen_timer()
 
@@ -94,13 +96,15 @@ class Relay:
         self._let_go()
         self._number = self._next_number(announcement if step is None else None)
         self._announced = announcement
+        ended = np.concatenate([self._finished, announcement.finished])
+        finished, self._finished = np.split(ended, [self._layout.max_requests])
         self._box.post(
             Control(
                 number=self._number,
                 num_speculative_tokens=announcement.num_speculative_tokens,
                 draft_version=announcement.draft_version,
                 requests=announcement.requests,
-                finished=announcement.finished[: self._layout.max_requests],
+                finished=finished,
                 coming=announcement.coming,
                 **told,
             )

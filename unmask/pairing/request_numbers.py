@@ -19,10 +19,15 @@ def traced_name(name: str, span_id: int) -> str:
 
 
 class RequestNumbers:
-    """Numbers by name: the span id that a name carries, else one that no request of this target has had."""
+    """Numbers by name: the span id that a name carries, else one that no request of this target has had.
+
+    Of several requests of one span, such as the choices of one prompt, the first that is asked for has its id: two that
+    run at the same time never have the same number.
+    """
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
+        self._live: set[int] = set()
         self._next = itertools.count(1)
 
     def of(self, name: str) -> int:
@@ -31,12 +36,16 @@ class RequestNumbers:
         if number is None:
             span = _SPAN.search(name)
             number = int(span[1], 16) if span else 0
-            number = self._numbers[name] = number if number >= TRACED else next(self._next)
+            is_free = number >= TRACED and number not in self._live
+            number = self._numbers[name] = number if is_free else next(self._next)
+            self._live.add(number)
         return number
 
     def forget(self, names: Iterable[str]) -> list[int]:
         """Numbers of requests that have ended, of those that had one."""
-        return [self._numbers.pop(name) for name in names if name in self._numbers]
+        ended = [self._numbers.pop(name) for name in names if name in self._numbers]
+        self._live.difference_update(ended)
+        return ended
 
     def forget_all_but(self, names: Iterable[str]) -> list[int]:
         """Numbers of the requests that are not among these any more."""

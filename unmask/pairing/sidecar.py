@@ -90,6 +90,7 @@ class Sidecar:
         if self._context != self._whose_context():
             # Prefixes that the target has cached were seen by a draft that is not asked any more.
             self._context = self._whose_context()
+            self.fleet.leave()
             self.fleet.begin_epoch()
 
     @property
@@ -146,9 +147,12 @@ class Sidecar:
         self.fleet.hang_up()
 
 
-def target_shape(hidden_size: int, vocab_size: int, layer_ids: Sequence[int], link_file: str | Path) -> TargetShape:
-    """A target of these sizes, with the identity that its link file names."""
-    digest = bytes.fromhex(read_link_file(link_file).target_digest) or NO_DIGEST
+def target_shape(
+    hidden_size: int, vocab_size: int, layer_ids: Sequence[int], link_file: str | Path | None
+) -> TargetShape:
+    """A target of these sizes, with the identity that its link file names; without one it is anybody's."""
+    digest = bytes.fromhex(read_link_file(link_file).target_digest) if link_file else b""
+    digest = digest or NO_DIGEST
     return TargetShape(hidden_size=hidden_size, vocab_size=vocab_size, layer_ids=tuple(layer_ids), target_digest=digest)
 
 

@@ -66,10 +66,12 @@ class PinnedMailbox:
         _check("cudaHostRegister", code)
         self._mailbox, self._host = mailbox, host
         device = ctypes.c_uint64()
-        _check(
-            "cuMemHostGetDevicePointer",
-            _driver().cuMemHostGetDevicePointer_v2(ctypes.byref(device), ctypes.c_void_p(host), 0),
-        )
+        found = _driver().cuMemHostGetDevicePointer_v2(ctypes.byref(device), ctypes.c_void_p(host), 0)
+        try:
+            _check("cuMemHostGetDevicePointer", found)
+        except ConfigError:
+            self.close()
+            raise
         self.address = device.value
 
     def write(self, offset: int, value: int) -> None:

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from unmask.pairing.mailbox_words import ALIVE, BEGUN, HEARTBEAT, OPEN_UNTIL, RELEASED, MailboxWords
+from unmask.pairing.mailbox_words import ALIVE, BEGUN, DEPTH, HEARTBEAT, OPEN_UNTIL, RELEASED, MailboxWords, is_reached
 
 _RETRY_NS = 100_000_000
 _MAX_RETRY_NS = 1_000_000_000
@@ -36,6 +36,8 @@ class Watchdog:
         self._mailbox, self._limit_ns = mailbox, int(limit_s * 1e9)
         self._waiting: tuple[int, int] | None = None
         self._released: int | None = None
+        self._last: int | None = None
+        """What was let go last, while a late reply could still take that back."""
         self._retry_ns = _RETRY_NS
         self._alive: int | None = None
 
@@ -44,6 +46,11 @@ class Watchdog:
         box = self._mailbox
         box.set_long_word(HEARTBEAT, now_ns)
         rung = box.word(BEGUN)
+        if self._last is not None:
+            if is_reached(rung, self._last + DEPTH):
+                self._last = None
+            else:
+                box.release(self._last)
         if box.is_waiting:
             if self._waiting is None or self._waiting[0] != rung:
                 self._waiting = rung, now_ns
@@ -70,6 +77,7 @@ class Watchdog:
             box.set_long_word(OPEN_UNTIL, now_ns + self._retry_ns)
             box.set_word(RELEASED, box.word(RELEASED) + 1)
         box.release(number)
+        self._last = number
 
 
 def main(argv: list[str] | None = None) -> None:
