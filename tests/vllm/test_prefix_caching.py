@@ -120,7 +120,6 @@ def test_proposals_do_not_depend_on_prefix_caching(target: Path, new_server, tmp
     assert acceptance[True] == pytest.approx(acceptance[False], rel=0.02)
 
 
-@pytest.mark.slow
 def test_features_are_complete_with_every_way_to_lose_them(
     target: Path, new_server, prompts, plain_texts, draft_dir, tmp_path: Path
 ) -> None:
