@@ -47,7 +47,9 @@ def main() -> None:
                 # Through the link file; a GPU's engines find the mailboxes of a draft that comes later.
                 await_link(arguments, draft)
             found = {"share": share, "long": long}[case](arguments)
-        rows.append({"case": case, "shape": arguments.shape, "machine": machine_of(arguments), **found})
+        rows.append(
+            {"case": case, "shape": arguments.shape, "gpus": arguments.gpus, "machine": machine_of(arguments), **found}
+        )
         print(json.dumps(rows[-1]), flush=True)
         arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -157,11 +157,8 @@ def graphs_of(max_num_seqs: int, ks: Collection[int]) -> dict[str, Any]:
     decoding = sorted({n * (k + 1) for n in batches for k in ks})
     mixed = {*_WITH_PROMPTS, *(decoding[-1] + tokens for tokens in _PROMPTS_BESIDE)}
     sizes = decoding + sorted(size for size in mixed if size > decoding[-1])
-    return {
-        "cudagraph_mode": "FULL_AND_PIECEWISE",
-        "cudagraph_capture_sizes": sizes,
-        "max_cudagraph_capture_size": sizes[-1],
-    }
+    # Without a largest one: vLLM drops those that no step of the engine can reach, and refuses one that was among them.
+    return {"cudagraph_mode": "FULL_AND_PIECEWISE", "cudagraph_capture_sizes": sizes}
 
 
 def write_draft_shape(folder: Path, target: Path, layer_ids: tuple[int, ...]) -> None:
