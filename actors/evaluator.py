@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from unmask.checkpoints import load_draft
+from unmask.checkpoints import load_confidence, load_draft
 from unmask.config import Recipe
 from unmask.decoding.ngram import NgramProposer
 from unmask.evaluation.diagnosis import accepted_with_shift
@@ -39,6 +39,7 @@ class Evaluator:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         draft = load_draft(spec.draft_path).to(device)
         target = TargetModel.load(spec.target_path, draft.config.target_layer_ids, torch.float32).to(device)
+        confidence = load_confidence(spec.draft_path)
         tables = read_tables(Path(spec.run_dir), ["response_ids"])
         self.evaluator = PairingEvaluator(
             target,
@@ -47,6 +48,7 @@ class Evaluator:
             max_new_tokens=spec.max_new_tokens,
             eos_ids=eos_ids(spec.target_path),
             ngrams=NgramProposer(ids for table in tables for ids in table["response_ids"].to_pylist()),
+            confidence=confidence.to(device) if confidence is not None else None,
         )
 
     def run(self, prompt_ids: list[int]) -> dict[str, Any]:

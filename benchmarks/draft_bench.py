@@ -19,10 +19,11 @@ from benchmarks.draft_store import Store
 from unmask.config import DistillConfig
 from unmask.decoding.speculative import speculative_decode
 from unmask.evaluation.metrics import acceptance_by_position, acceptance_length, bootstrap_interval
-from unmask.evaluation.replay import replay_draft
+from unmask.evaluation.replay import replay_confidence, replay_draft
 from unmask.models.dflash import DFlashDraft
 from unmask.models.draft_start import draft_sizes, new_draft
 from unmask.models.target import TargetModel
+from unmask.objectives.confidence import ConfidenceHead, error_of
 from unmask.targets import resolve_target, unused_special_token
 from unmask.training.draft_trainer import DraftTrainer
 from unmask.training.feature_cache import FeatureCache
@@ -174,11 +175,17 @@ class Benchmark:
         """A fresh draft."""
         return new_draft(self.sizes, self.target.model, init, seed).to(self.scale.device)
 
-    def trainer(self, config: DistillConfig, features: FeatureCache, draft: DFlashDraft) -> DraftTrainer:
+    def trainer(
+        self,
+        config: DistillConfig,
+        features: FeatureCache,
+        draft: DFlashDraft,
+        confidence: ConfidenceHead | None = None,
+    ) -> DraftTrainer:
         """A trainer of a draft; its seed decides the order of the texts too."""
         features.sequences.reorder(config.seed)
         head = TrainingHead(self.target.lm_head, [], config.head_negatives)
-        return DraftTrainer(draft.train().requires_grad_(True), features, head, config)
+        return DraftTrainer(draft.train().requires_grad_(True), features, head, config, confidence=confidence)
 
     def run(
         self, trainer: Any, *, seconds: float | None = None, steps: int | None = None, state: Path | None = None
@@ -232,10 +239,10 @@ class Benchmark:
 
     def measure(
         self, draft: DFlashDraft, trainer: str, recipe: str, config: DistillConfig, run: dict[str, float],
-        *, to_choose: bool = False,
+        *, to_choose: bool = False, confidence: ConfidenceHead | None = None,
     ) -> list[dict[str, Any]]:  # fmt: skip
         """Replay a draft on the test sets, or on those by which recipes are chosen; one row a set, and one without
-        repetitive responses."""
+        repetitive responses. With a confidence head, on the sets of its temperature, and how far off it is."""
         per_step = config.tokens_per_step or 0
         sequences = len(self.train) / max(sum(len(r.prompt) + len(r.tokens) for r in self.train) / per_step, 1)
         shared = {
@@ -246,12 +253,19 @@ class Benchmark:
         }  # fmt: skip
         rows = []
         chosen = {name: r for name, r in self.sets.items() if name.startswith(DEVELOPMENT) == to_choose}
+        if confidence is not None:
+            chosen = {name: r for name, r in chosen.items() if float(name.partition("@")[2]) == confidence.temperature}
         if not chosen:
             raise ValueError("the state folder is of another version of this script; begin with a new one")
         for name, responses in chosen.items():
             texts = [TokenSequence(r.prompt + r.tokens + r.beyond, len(r.prompt)) for r in responses]
-            accepted = replay_draft(self.target, draft.eval(), texts, [len(r.tokens) for r in responses])
+            lengths = [len(r.tokens) for r in responses]
+            accepted = replay_draft(self.target, draft.eval(), texts, lengths)
             rows += self.rows(shared, name, responses, accepted)
+            if confidence is not None:
+                judged = replay_confidence(self.target, draft, confidence, texts, lengths)
+                rows[-2] |= {"confidence_error": error_of(judged), "judged_rows": len(judged)}
+                self.log(f"confidence is off by {rows[-2]['confidence_error']:.4f} over {len(judged)} rows")
         return rows
 
     def rows(

@@ -25,13 +25,21 @@ ABLATIONS: list[tuple[str, dict[str, Any]]] = [
      {"weighting": "first_miss", "beta": 0.5, "gate": "target_relative", "certainty_start": 0.3}),
     ("first_miss x ce, beta .5 prefix_right T .5 late",
      {"weighting": "first_miss", "beta": 0.5, "gate": "prefix_right", "certainty_start": 0.3}),
+    ("first_miss x kl, beta .5 target_relative T .5 late",
+     {"weighting": "first_miss", "loss": "kl", "beta": 0.5, "gate": "target_relative", "certainty_start": 0.3}),
+    ("first_miss x kl, beta .5 prefix_right T .5 late",
+     {"weighting": "first_miss", "loss": "kl", "beta": 0.5, "gate": "prefix_right", "certainty_start": 0.3}),
 ]  # fmt: skip
 """The table, most telling lines first; equal tokens."""
 PUBLISHED: dict[str, Any] = {"weighting": "decay", "loss": "ce"}
 """What the lines of the table change."""
 ADAMW: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 1.5e-3}
 """What the lines of the table and second stages are trained by."""
-BY_DEFAULT = (13, 0, 14, 7, 2, 4)
+PUBLISHED_RATE = 1e-3
+"""Of speculators' recipe for Muon."""
+SPECULATORS_RATES = (3e-3, 6e-3, 1.2e-2)
+"""At which speculators' trainer is measured beside it."""
+BY_DEFAULT = (13, 0, 14, 7, 2, 4, 16, 17)
 """Lines of the table that are trained by the default optimiser too."""
 OPTIMIZERS: list[tuple[Literal["adamw", "muon"], float, str, int, int | None]] = [
     ("muon", 1.5e-3, "target", 2048, 1), ("muon", 3e-3, "target", 2048, 1), ("muon", 6e-3, "target", 2048, 1),

@@ -165,6 +165,7 @@ def main(invocation: Invocation) -> str:
         f"{name}: acceptance length {s.acceptance_length:.2f} [{s.interval95[0]:.2f}, {s.interval95[1]:.2f}] "
         f"(n-grams {s.acceptance_length_ngram:.2f}), identical {s.identical}/{s.prompts}, "
         f"{s.tokens_per_second:.1f} tokens/s (target alone {s.tokens_per_second_target_only:.1f})"
+        + (f", confidence off by {s.confidence_error:.3f}" if s.confidence_error is not None else "")
         for name, s in report.sets.items()
     ]
     return "\n".join([*lines, f"report in {report.report}, plot in {report.plot}"])

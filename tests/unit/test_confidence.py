@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from unmask.objectives.confidence import ConfidenceHead, calibration_error, confidence_loss
+from unmask.objectives.confidence import ConfidenceHead, calibration_error, confidence_loss, judged_rows
 from unmask.objectives.row_losses import Rows
 
 HIDDEN, K = 16, 3
 
 
-def judged(right: torch.Tensor) -> Rows:
+def seen_rows(right: torch.Tensor) -> Rows:
     """Rows of which it is known whether they are right."""
     nothing = torch.zeros(right.shape)
     return Rows(nothing, nothing, right, nothing, right, right.float())
@@ -24,7 +24,7 @@ def synthetic(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, Rows]:
     units = states / states.norm(dim=-1, keepdim=True)
     probability = (3 * units @ law + torch.tensor([1.0, 0.0, -1.0])).sigmoid()
     right = torch.rand(count, K, generator=generator) < probability
-    return states, probability, judged(right)
+    return states, probability, seen_rows(right)
 
 
 def test_it_learns_the_acceptance_probability() -> None:
@@ -54,7 +54,7 @@ def test_it_learns_the_acceptance_probability() -> None:
 
 def test_rows_that_no_verification_reaches_do_not_count() -> None:
     right = torch.tensor([[True, False, True], [True, True, False]])
-    rows = judged(right)
+    rows = seen_rows(right)
     valid = torch.tensor([[True, True, True], [True, False, False]])
     logits = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     logistic = torch.nn.functional.softplus
@@ -79,3 +79,13 @@ def test_no_gradient_reaches_the_draft() -> None:
     states = torch.randn(2, K, HIDDEN, requires_grad=True)
     ConfidenceHead(HIDDEN, K)(states).sum().backward()
     assert states.grad is None
+
+
+def test_only_rows_that_a_verification_judges_count() -> None:
+    chances = [0.9, 0.8, 0.7]
+    assert judged_rows(chances, 0, 1) == [(0.9, False)]
+    assert judged_rows(chances, 1, 2) == [(0.9, True), (0.8, False)]
+    assert judged_rows(chances, 3, 4) == [(0.9, True), (0.8, True), (0.7, True)]
+    # A response that ends within the block: what would have come after it is nobody's text.
+    assert judged_rows(chances, 3, 2) == [(0.9, True), (0.8, True)]
+    assert judged_rows([], 3, 4) == []

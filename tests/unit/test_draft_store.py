@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.batched_generation import Response
+from benchmarks.draft_lines import ABLATIONS
 from benchmarks.draft_quality import cases
 from benchmarks.draft_store import FIELDS, Store
 from tests.draft_tools import tiny_pair
@@ -45,5 +46,5 @@ def test_responses_and_drafts_come_back(tmp_path: Path) -> None:
 
 def test_every_line_of_the_table_has_three_seeds() -> None:
     names = [name for name in cases() if name.startswith("ablation-")]
-    assert len(names) == len(set(names)) == 48
+    assert len(names) == len(set(names)) == 3 * len(ABLATIONS)
     assert {name[-1] for name in names} == {"0", "1", "2"}

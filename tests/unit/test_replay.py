@@ -7,7 +7,8 @@ import torch
 from benchmarks.batched_generation import BatchedLlama
 from tests.draft_tools import VOCAB, tiny_llama, tiny_pair
 from unmask.decoding.speculative import speculative_decode
-from unmask.evaluation.replay import replay_draft
+from unmask.evaluation.replay import replay_confidence, replay_draft
+from unmask.objectives.confidence import ConfidenceHead
 from unmask.training.sequences import TokenSequence
 from unmask.types import SamplingOptions
 
@@ -16,19 +17,29 @@ K = 3
 
 def test_replay_counts_what_the_loop_accepts() -> None:
     target, draft = tiny_pair(init="target")
-    texts, lengths, accepted = [], [], []
+    head = ConfidenceHead(draft.config.hidden_size, K).requires_grad_(False)
+    for parameter in head.parameters():
+        parameter.normal_(generator=torch.Generator().manual_seed(5))
+    texts, lengths, accepted, judged = [], [], [], []
     for start in range(4):
         prompt = [3 + start, 9, 5][: 2 + start % 2]
         length = 9 + start
         beyond = SamplingOptions(max_tokens=length + K, ignore_eos=True)
         options = SamplingOptions(max_tokens=length, ignore_eos=True)
         plain = speculative_decode(target, None, prompt, beyond, num_speculative_tokens=K, eos_ids=frozenset())
-        paired = speculative_decode(target, draft, prompt, options, num_speculative_tokens=K, eos_ids=frozenset())
+        paired = speculative_decode(
+            target, draft, prompt, options, num_speculative_tokens=K, eos_ids=frozenset(), confidence=head
+        )
         texts.append(TokenSequence((*prompt, *plain.token_ids), len(prompt)))
         lengths.append(length)
         accepted.append(paired.accepted)
+        judged += paired.judged
     assert replay_draft(target, draft, texts, lengths, rows=3) == accepted
     assert sum(map(sum, accepted)) > 0
+    replayed = replay_confidence(target, draft, head, texts, lengths, rows=3)
+    assert [right for _, right in replayed] == [right for _, right in judged]
+    torch.testing.assert_close(*(torch.tensor([chance for chance, _ in rows]) for rows in (replayed, judged)))
+    assert len({round(chance, 3) for chance, _ in judged}) > 10
 
 
 def test_batched_greedy_text_is_the_models_own() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unmask.models.dflash import DFlashDraft
 from unmask.models.target import TargetModel, crop
+from unmask.objectives.confidence import ConfidenceHead, judged_rows
 from unmask.types import SamplingOptions
 
 
@@ -27,6 +28,8 @@ class SpeculativeResult:
     """Accepted drafts of each verification, counted before the response is cut at EOS or length."""
     drafted: list[int] = field(default_factory=list)
     """Proposed drafts of each verification."""
+    judged: list[tuple[float, bool]] = field(default_factory=list)
+    """With a confidence head: see `judged_rows`, of all verifications."""
 
     @property
     def acceptance_length(self) -> float:
@@ -59,12 +62,20 @@ class DraftState:
 
     def block_logits(self, anchor: int, num_tokens: int) -> Tensor:
         """Logits [K, V] of the K masked positions after the anchor, from one pass over [anchor, mask x K]."""
+        return self.logits(self.block_states(anchor, num_tokens))
+
+    def logits(self, states_KH: Tensor) -> Tensor:
+        """Logits [K, V] of final states."""
+        return states_KH @ self.lm_head.T
+
+    def block_states(self, anchor: int, num_tokens: int) -> Tensor:
+        """Final states [K, H] of the same positions."""
         ids = [anchor] + [self.draft.config.mask_token_id] * num_tokens
         block = self.embedding[torch.tensor(ids, device=self.embedding.device)]
         positions = torch.arange(self.num_context, self.num_context + len(ids), device=block.device)
         lens = torch.tensor([self.num_context], device=block.device)
         hidden = self.draft.denoise(block[None], positions[None], self.context_k, self.context_v, lens)
-        return hidden[0, 1:] @ self.lm_head.T
+        return hidden[0, 1:]
 
 
 @torch.inference_mode()
@@ -77,6 +88,7 @@ def speculative_decode(
     num_speculative_tokens: int,
     eos_ids: frozenset[int],
     generator: torch.Generator | None = None,
+    confidence: ConfidenceHead | None = None,
 ) -> SpeculativeResult:
     """Generate one response.
 
@@ -88,6 +100,7 @@ def speculative_decode(
         num_speculative_tokens: K, at most the draft's block size - 1.
         eos_ids: tokens that end a response.
         generator: needed above temperature 0.
+        confidence: the draft's; it is heard, and changes nothing.
 
     Returns:
         The response with its acceptance counts.
@@ -103,9 +116,12 @@ def speculative_decode(
     pending = features[0]
     while not finished:
         proposal: list[int] = []
+        chances: list[float] = []
         if state is not None:
             state.append(pending)
-            proposal = state.block_logits(anchor, num_speculative_tokens).argmax(-1).tolist()
+            states = state.block_states(anchor, num_speculative_tokens)
+            proposal = state.logits(states).argmax(-1).tolist()
+            chances = confidence(states[None])[0].sigmoid().tolist() if confidence is not None else []
         block = torch.tensor([[anchor, *proposal]], device=target.device)
         logits, features = target.forward(block, cache)
         samples = sample(logits[0], options, generator).tolist()
@@ -117,7 +133,9 @@ def speculative_decode(
         # Rows of the anchor and of accepted drafts; the bonus has not been through the target yet.
         pending = features[0, : accepted + 1]
         anchor = samples[accepted]
+        before = len(result.token_ids)
         finished = _emit(result, samples[: accepted + 1], stops, options.max_tokens)
+        result.judged += judged_rows(chances, accepted, len(result.token_ids) - before)
     return result
 
 

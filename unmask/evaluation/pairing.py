@@ -11,6 +11,7 @@ from unmask.decoding.speculative import SpeculativeResult, speculative_decode
 from unmask.evaluation.metrics import acceptance_by_position, acceptance_length, bootstrap_interval
 from unmask.models.dflash import DFlashDraft
 from unmask.models.target import TargetModel
+from unmask.objectives.confidence import ConfidenceHead, error_of
 from unmask.types import SamplingOptions
 
 
@@ -26,6 +27,8 @@ class PromptOutcome:
     accepted: list[int]
     """Accepted drafts of each verification, before the response is cut at EOS or length."""
     accepted_ngram: list[int]
+    judged: list[tuple[float, bool]]
+    """With a confidence head: the chance that it gave each judged row, and whether that was accepted."""
     seconds: float
     seconds_target_only: float
 
@@ -41,6 +44,8 @@ class SetSummary:
     interval95: list[float]
     acceptance_by_position: list[float]
     acceptance_length_ngram: float
+    confidence_error: float | None
+    """Expected calibration error of the draft's confidence head over all judged rows; None without one."""
     tokens_per_second: float
     tokens_per_second_target_only: float
 
@@ -52,6 +57,7 @@ class PairingEvaluator:
         num_speculative_tokens: K.
         eos_ids: tokens that end a response.
         ngrams: the baseline that fills the same K.
+        confidence: the draft's head, if it has one.
     """
 
     def __init__(
@@ -63,7 +69,9 @@ class PairingEvaluator:
         max_new_tokens: int,
         eos_ids: frozenset[int],
         ngrams: NgramProposer,
+        confidence: ConfidenceHead | None = None,
     ) -> None:
+        self.confidence = confidence
         self.target, self.draft, self.ngrams = target, draft, ngrams
         self.num_tokens, self.eos_ids = num_speculative_tokens, eos_ids
         self.options = SamplingOptions(max_tokens=max_new_tokens)
@@ -85,13 +93,20 @@ class PairingEvaluator:
             identical=paired.token_ids == plain.token_ids,
             accepted=paired.accepted,
             accepted_ngram=replay(self.ngrams, prompt, continued, self.num_tokens, until=len(plain.token_ids)),
+            judged=paired.judged,
             seconds=end - middle,
             seconds_target_only=middle - start,
         )
 
     def _decode(self, prompt: list[int], draft: DFlashDraft | None, options: SamplingOptions) -> SpeculativeResult:
         return speculative_decode(
-            self.target, draft, prompt, options, num_speculative_tokens=self.num_tokens, eos_ids=self.eos_ids
+            self.target,
+            draft,
+            prompt,
+            options,
+            num_speculative_tokens=self.num_tokens,
+            eos_ids=self.eos_ids,
+            confidence=self.confidence,
         )
 
 
@@ -107,6 +122,7 @@ def summarise(outcomes: Sequence[PromptOutcome], num_speculative_tokens: int) ->
         interval95=bootstrap_interval([outcome.accepted for outcome in outcomes]),
         acceptance_by_position=acceptance_by_position(accepted, num_speculative_tokens),
         acceptance_length_ngram=acceptance_length([a for outcome in outcomes for a in outcome.accepted_ngram]),
+        confidence_error=error_of([row for outcome in outcomes for row in outcome.judged]),
         tokens_per_second=tokens / max(sum(outcome.seconds for outcome in outcomes), 1e-9),
         tokens_per_second_target_only=tokens / max(sum(outcome.seconds_target_only for outcome in outcomes), 1e-9),
     )

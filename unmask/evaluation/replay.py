@@ -7,18 +7,21 @@ So every block that the loop could ask for is drafted at once, and the rounds ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from unmask.decoding.speculative import longest_match
 from unmask.models.dflash import DFlashDraft
 from unmask.models.target import TargetModel
+from unmask.objectives.confidence import ConfidenceHead, judged_rows
 from unmask.training.drafting_forward import DraftingForward, training_blocks
 from unmask.training.sequences import SequenceSet, TokenSequence
 
+Block = tuple[list[int], list[float]]
+"""The K ids that are drafted at an anchor, and the chances that a confidence head gives them, if there is one."""
 
-@torch.no_grad()
+
 def replay_draft(
     target: TargetModel, draft: DFlashDraft, texts: Sequence[TokenSequence], lengths: Sequence[int], *, rows: int = 8
 ) -> list[list[int]]:
@@ -29,12 +32,50 @@ def replay_draft(
             counts like one in a served pairing.
         lengths: of the responses themselves.
         rows: texts in one batch.
+
+    Raises:
+        ValueError: a text with nothing to verify.
     """
-    accepted: list[list[int]] = []
+    drafted = _drafted(target, draft, None, texts, lengths, rows)
+    return [
+        [accepted for accepted, _, _ in _rounds(blocks, text, length)]
+        for blocks, text, length in zip(drafted, texts, lengths, strict=True)
+    ]
+
+
+def replay_confidence(
+    target: TargetModel,
+    draft: DFlashDraft,
+    confidence: ConfidenceHead,
+    texts: Sequence[TokenSequence],
+    lengths: Sequence[int],
+    *,
+    rows: int = 8,
+) -> list[tuple[float, bool]]:
+    """What a confidence head says of every row that is judged, and whether it is accepted (see `replay_draft`)."""
+    drafted = _drafted(target, draft, confidence, texts, lengths, rows)
+    return [
+        judged
+        for blocks, text, length in zip(drafted, texts, lengths, strict=True)
+        for accepted, done, chances in _rounds(blocks, text, length)
+        for judged in judged_rows(chances, accepted, length - done)
+    ]
+
+
+@torch.no_grad()
+def _drafted(
+    target: TargetModel,
+    draft: DFlashDraft,
+    confidence: ConfidenceHead | None,
+    texts: Sequence[TokenSequence],
+    lengths: Sequence[int],
+    rows: int,
+) -> Iterator[list[Block]]:
+    """The blocks of each text, one for every token of its response."""
     sequences = SequenceSet(texts, batch_size=1, seed=0)
     if len(sequences) < len(texts):
         raise ValueError("a text needs two tokens after its prompt")
-    forward = DraftingForward(draft)
+    forward = DraftingForward(draft, confidence)
     for start in range(0, len(texts), rows):
         batch = sequences.padded(range(start, min(start + rows, len(texts))))
         part = texts[start : start + rows]
@@ -46,17 +87,19 @@ def replay_draft(
         mask = torch.arange(batch.ids_BT.shape[1]) < torch.tensor(batch.lengths)[:, None]
         features = target.features(batch.ids_BT.to(target.device), mask.long().to(target.device))
         with torch.autocast(target.device.type, torch.bfloat16, enabled=features.dtype == torch.bfloat16):
-            hidden, _ = forward(blocks.to(target.device), features, target.embedding, packed=False)
+            hidden, logits = forward(blocks.to(target.device), features, target.embedding, packed=False)
         proposals = torch.stack([(h @ target.lm_head.to(h.dtype).T).argmax(-1) for h in hidden]).tolist()
-        for text, length, proposed in zip(part, lengths[start:], proposals, strict=False):
-            accepted.append(_walk(proposed, text.ids[text.prompt_length :], length))
-    return accepted
+        chances = logits.sigmoid().tolist() if logits is not None else [[[]] * most] * len(part)
+        for proposed, told in zip(proposals, chances, strict=True):
+            yield list(zip(proposed, told, strict=True))
 
 
-def _walk(proposals: Sequence[Sequence[int]], continued: Sequence[int], length: int) -> list[int]:
-    accepted: list[int] = []
+def _rounds(blocks: Sequence[Block], text: TokenSequence, length: int) -> Iterator[tuple[int, int, list[float]]]:
+    """Of each verification the accepted rows, the tokens of the response before it, and the chances of its block."""
+    continued = list(text.ids[text.prompt_length :])
     done = 1  # The first token comes from the prefill and takes no verification.
     while done < length:
-        accepted.append(longest_match(list(proposals[done - 1]), list(continued[done:])))
-        done += accepted[-1] + 1
-    return accepted
+        proposal, chances = blocks[done - 1]
+        accepted = longest_match(proposal, continued[done:])
+        yield accepted, done, chances
+        done += accepted + 1

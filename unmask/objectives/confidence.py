@@ -6,6 +6,8 @@ outputs along a block to see how many tokens are worth verifying. Dimension lett
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,6 +53,25 @@ def confidence_loss(logits_NK: Tensor, rows: Rows, valid_NK: Tensor) -> tuple[Te
     reached = valid_NK & F.pad((rows.right & valid_NK)[..., :-1], (1, 0), value=True).long().cumprod(-1).bool()
     losses = F.binary_cross_entropy_with_logits(logits_NK, rows.right.float(), reduction="none")
     return (losses * reached).sum(), reached.sum().float()
+
+
+def judged_rows(chances: Sequence[float], accepted: int, emitted: int) -> list[tuple[float, bool]]:
+    """The rows of one verification that it judged: the chance that a head gave each, and whether it was accepted.
+
+    Args:
+        chances: of the K rows, each given that those before it are accepted.
+        accepted: rows that were; the next one was judged too, and was wrong.
+        emitted: tokens that the response took; beyond its end nothing is judged.
+    """
+    return [(chance, k < accepted) for k, chance in enumerate(chances[: min(accepted + 1, emitted)])]
+
+
+def error_of(judged: Sequence[tuple[float, bool]]) -> float | None:
+    """`calibration_error` of judged rows; None without any."""
+    if not judged:
+        return None
+    chances, right = torch.tensor(judged).unbind(1)
+    return calibration_error(chances, right)
 
 
 def calibration_error(probability: Tensor, accepted: Tensor, num_bins: int = 10) -> float:
