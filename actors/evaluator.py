@@ -40,6 +40,9 @@ class Evaluator:
         draft = load_draft(spec.draft_path).to(device)
         target = TargetModel.load(spec.target_path, draft.config.target_layer_ids, torch.float32).to(device)
         confidence = load_confidence(spec.draft_path)
+        if confidence is not None and confidence.temperature:
+            # It says nothing of greedy text, which is what is decoded here.
+            confidence = None
         tables = read_tables(Path(spec.run_dir), ["response_ids"])
         self.evaluator = PairingEvaluator(
             target,

@@ -164,6 +164,11 @@ class Benchmark:
         self._features = name, cache
         return cache
 
+    def forget_features(self) -> None:
+        """Make room for an engine of another process."""
+        self._features = None
+        self.forget_graphs()
+
     def forget_graphs(self) -> None:
         """Give back what a finished case holds: recorded steps refer to themselves, compiled ones to their modules."""
         torch._dynamo.reset()

@@ -95,7 +95,7 @@ def served(bench: Benchmark) -> Outcome:
     command = [sys.executable, "-m", "benchmarks.draft_served", f"--draft={draft}", f"--prompts={asked}"]
     command += ["--tiny"] * (bench.scale.device == "cpu")
     # What this process keeps is no use to it meanwhile, and the engine wants its share.
-    bench.forget_graphs()
+    bench.forget_features()
     subprocess.run([*command, f"--out={told}"], check=True)
     shared = {k: v for k, v in trained["rows"][0].items() if k not in ("prompts", "interval95")}
     rows = [shared | {"loop": "vLLM, bfloat16"} | row for row in json.loads(told.read_text())]
@@ -103,7 +103,7 @@ def served(bench: Benchmark) -> Outcome:
 
 
 def confidence(bench: Benchmark, temperature: float) -> Outcome:
-    """A confidence head, trained beside the main draft on text of one temperature; how far off it is on that of others'
+    """A confidence head, trained beside the main draft on text of one temperature; how far off it is on text of other
     prompts."""
     config = replace(bench.scale.config, **(ADAMW | {"learning_rate": 5e-4, "confidence_weight": 1.0}))
     # Of the training responses the first to each prompt is greedy.

@@ -68,7 +68,7 @@ def disturbed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             swapped = time.time()
             draft.stdin.write(b"swap\n")
             draft.stdin.flush()
-            wait_for((folder / "swapped").exists, engine)
+            wait_for((folder / "swapped").exists, engine, draft)
             time.sleep(rest_s)
             stopped = time.time()
             draft.send_signal(signal.SIGSTOP)
@@ -166,11 +166,11 @@ def set_limits(arguments: argparse.Namespace) -> None:
     write_link_file(link, replace(read_link_file(link), **limits))
 
 
-def wait_for(condition: Callable[[], bool], engine: subprocess.Popen) -> None:
-    """Return when it holds. Raises RuntimeError when the engine has ended."""
+def wait_for(condition: Callable[[], bool], *processes: subprocess.Popen) -> None:
+    """Return when it holds. Raises RuntimeError when a process has ended that it needs."""
     while not condition():
-        if engine.poll() is not None:
-            raise RuntimeError("the engine has ended")
+        if any(process.poll() is not None for process in processes):
+            raise RuntimeError("the engine or its draft has ended")
         time.sleep(0.05)
 
 

@@ -124,7 +124,7 @@ class RemoteSpeculator(BaseSpeculator):
         limit = os.environ.get(WATCHDOG_VARIABLE, _DEFAULT_WATCHDOG_MS)
         attendants = [["unmask.pairing.watchdog", path, f"--limit-ms={limit}"]]
         # Beside a folder it says no more than which target this is, and need not be there.
-        names_target = link_file is not None and (not folder or Path(link_file).exists())
+        names_target = bool(link_file) and (not folder or Path(str(link_file)).exists())
         shape = target_shape(self.width, vocab_size, layer_ids, link_file if names_target else None)
         if not folder:
             sizes = [f"--vocab-size={vocab_size}", "--layer-ids", *map(str, layer_ids)]

@@ -15,14 +15,13 @@ import torch
 from tests.ahead_tools import CountingEngine, NeighbourPair, Pair, RelayedPair
 from tests.mailbox_tools import LAYOUT, ImaginedTarget, TargetStep
 from tests.pairing_tools import HIDDEN, LAYER_IDS, eventually, raw_features
-from unmask.pairing import draft_session
+from unmask.pairing import draft_session, local_drafting
 from unmask.pairing.coming_rows import ComingRows
 from unmask.pairing.handover import Handover
 from unmask.pairing.mailbox import Control, Mailbox
 from unmask.pairing.mailbox_words import DOORBELL, LATE, REPLY, STEP_MASK
 from unmask.pairing.packed_rows import StepTensors
 from unmask.pairing.page_hashes import hash_pages
-from unmask.pairing.stream_end import StreamEnd
 from unmask.pairing.wire import EIGHT_BIT
 
 K = LAYOUT.max_k
@@ -310,13 +309,13 @@ def test_a_sidecar_that_follows_another_adopts_what_was_handed_over(tmp_path) ->
 
 def test_a_mailbox_that_cannot_be_prepared_is_served_once_its_doorbell_has_rung(tmp_path, monkeypatch) -> None:
     """Such as one whose pages cannot be pinned; others must not suffer."""
-    closed = []
+    unpinned = []
 
     def fail(*_: object) -> None:
         raise RuntimeError("CUDA out of memory")
 
     monkeypatch.setattr(CountingEngine, "prepare_ahead", fail)
-    monkeypatch.setattr(StreamEnd, "close", lambda end: closed.append(end))
+    monkeypatch.setattr(local_drafting, "_unpin", unpinned.append)
     imagined = ImaginedTarget(seed=5)
     with Pair(tmp_path) as pair:
         for _ in range(20):
@@ -324,4 +323,4 @@ def test_a_mailbox_that_cannot_be_prepared_is_served_once_its_doorbell_has_rung(
             assert pair.ask(step, k) == pair.ask_twin(step, k)
             pair.finish(imagined.end())
         assert pair.engine.ahead_steps == 0
-        assert len(closed) == 1
+        assert len(unpinned) == 1

@@ -209,8 +209,22 @@ def test_a_draft_that_is_left_forgets_its_requests(serve, fleet_of, vocabulary) 
     fleet.propose([row(i, 0, 6) for i in range(4)], torch.cat(raws))
     assert [server.stats().resident_requests for server in servers] == [2, 2]
     fleet.leave()
-    # One comes back before the drafts are told.
+    assert [server.stats().resident_requests for server in servers] == [0, 0]
     fleet.propose([row(0, 6, 2)], raw_features(2, seed=9))
-    eventually(lambda: [server.stats().resident_requests for server in servers] == [1, 0])
+    assert [server.stats().resident_requests for server in servers] == [1, 0]
     assert fleet.status["failures"] == 0
     assert fleet.status["drafts_connected"] == 2
+
+
+def test_a_draft_that_cannot_be_asked_for_now_forgets_who_moved_on(serve, fleet_of, monkeypatch) -> None:
+    """It is still connected, such as one that has another version than the rows were made for."""
+    servers = [serve(), serve()]
+    fleet = fleet_of(*servers)
+    version = servers[1].stats().draft_version
+    raws = [raw_features(6, seed=i) for i in range(4)]
+    fleet.propose([row(i, 0, 6) for i in range(4)], torch.cat(raws))
+    monkeypatch.setattr("unmask.pairing.fleet._version", lambda link: version + (link is fleet.links[0]))
+    projected = fleet.hello.projection(torch.cat([raw_features(1, seed=i) for i in range(4)]))
+    fleet.propose([row(i, 6, 1) for i in range(4)], projected, version=version)
+    assert [server.stats().resident_requests for server in servers] == [0, 4]
+    assert fleet.status["failures"] == 0

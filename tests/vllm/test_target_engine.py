@@ -218,6 +218,9 @@ async def assert_captured(
 async def test_finished_requests_are_captured_as_the_plain_loop_counts_them(
     pairing: TargetEngine, draft: DraftProcess, target: Path, prompts, plain_texts, tmp_path: Path
 ) -> None:
+    if draft.process is None:
+        draft.start()
+    await until_linked(pairing, 1)
     await assert_captured(pairing, draft, target, prompts, plain_texts, tmp_path)
 
 

@@ -26,6 +26,8 @@ class Attendants:
     def __init__(self, commands: Sequence[Sequence[str]]) -> None:
         self._commands = [[sys.executable, "-m", *command] for command in commands]
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._failed: set[int] = set()
+        """Those whose last start has failed."""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._attend, name="attendants", daemon=True)
 
@@ -51,17 +53,20 @@ class Attendants:
         if process.poll() is None:
             if not _is_stopped(process):
                 return
-            # Nobody may go on with it for long, and meanwhile it does nothing of what it is there for.
+            # It may stay stopped for long, and does nothing of what it is there for meanwhile.
             logger.warning("%s is stopped; starting another", command[2])
             process.kill()
-        else:
+        elif i not in self._failed:
             logger.warning("%s ended with code %s; starting another", command[2], process.returncode)
         _end(process)
         try:
             self._processes[i] = _start(command)
+            self._failed.discard(i)
         except OSError as error:
             # Such as no memory for another process: it is tried again.
-            logger.warning("%s cannot be started: %s", command[2], error)
+            if i not in self._failed:
+                logger.warning("%s cannot be started for now: %s", command[2], error)
+            self._failed.add(i)
 
 
 def _is_stopped(process: subprocess.Popen[bytes]) -> bool:

@@ -7,7 +7,7 @@ the fewest requests are. When a draft is gone its requests move at once; what th
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,8 +55,8 @@ class DraftFleet:
         self._new_link = lambda index: DraftLink(path, shape, num_speculative_tokens, device, index=index)
         self._epochs = 0.0
         self._home: dict[int, int] = {}
-        self._left: deque[tuple[int, int]] = deque()
-        """Drafts that were left by a request which they may hold yet, and the request."""
+        self._left: dict[int, list[int]] = {}
+        """By draft, requests that have moved on and that it may hold yet."""
         self._prefixes: OrderedDict[int, int] = OrderedDict()
         self._pool = ThreadPoolExecutor(thread_name_prefix="draft_fleet")
         self._closing = threading.Event()
@@ -101,9 +101,14 @@ class DraftFleet:
         self._sum_up()
 
     def leave(self) -> None:
-        """Somebody else drafts from now on: what the drafts hold of the requests under way is of no use any more."""
-        self._left.extend((home, request) for request, home in self._home.items())
-        self._home.clear()
+        """Somebody else drafts from now on: what the drafts hold of the requests under way is of no use any more. For
+        the thread that asks."""
+        homes, self._home = self._home, {}
+        left: dict[int, list[int]] = {}
+        for request, home in homes.items():
+            left.setdefault(home, []).append(request)
+        for home, requests in left.items():
+            self.links[home].end(requests)
 
     def hang_up(self) -> None:
         """End the epochs of all links (see `DraftLink.hang_up`)."""
@@ -139,6 +144,7 @@ class DraftFleet:
         for request in finished:
             ended.setdefault(self._home.pop(request, 0), []).append(request)
         homes = self._assign(rows, version)
+        self._tell_left(homes, ended)
         shares = {home: [i for i, h in enumerate(homes) if h == home] for home in {*homes, *ended}}
         ends = np.cumsum([row.num_features for row in rows], dtype=np.int64)
 
@@ -218,7 +224,7 @@ class DraftFleet:
             home = self._home.get(row.request)
             if home not in ready:
                 if home is not None:
-                    self._left.append((home, row.request))
+                    self._left.setdefault(home, []).append(row.request)
                 home = self._choose(row, ready, load)
                 load[home] += 1
             self._home[row.request] = home
@@ -228,6 +234,17 @@ class DraftFleet:
         while len(self._prefixes) > _KNOWN_PREFIXES:
             self._prefixes.popitem(last=False)
         return [self._home[row.request] for row in rows]
+
+    def _tell_left(self, homes: Sequence[int], ended: dict[int, list[int]]) -> None:
+        """Let drafts forget the requests that have moved on: with the step that they are asked, or by itself. One that
+        is gone has forgotten them already."""
+        left, self._left = self._left, {}
+        for home, requests in left.items():
+            # One that comes back with this step is dropped before its rows are taken in; they leave a gap either way.
+            if home in homes:
+                ended.setdefault(home, []).extend(requests)
+            else:
+                self.links[home].end(requests)
 
     def _choose(self, row: ProposalRow, ready: list[int], load: Counter[int]) -> int:
         """Where a request's cached prefix is, else where the fewest requests are."""
@@ -242,20 +259,8 @@ class DraftFleet:
                 link = self._new_link(len(self.links))
                 link.start()
                 self.links.append(link)
-            self._tell_left()
             self._sum_up()
             self._closing.wait(_POLL_S)
-
-    def _tell_left(self) -> None:
-        """Let drafts forget the requests that have moved on; one that is gone has forgotten them already."""
-        left: dict[int, list[int]] = {}
-        for _ in range(len(self._left)):
-            home, request = self._left.popleft()
-            # It may have come back since.
-            if self._home.get(request) != home:
-                left.setdefault(home, []).append(request)
-        for home, requests in left.items():
-            self.links[home].end(requests)
 
     def _num_drafts(self) -> int:
         try:

@@ -19,7 +19,7 @@ from unmask.pairing.mailbox_reader import Asked, no_proposals
 from unmask.pairing.mailbox_words import LATE, REPLY
 from unmask.pairing.step_watch import Watch
 from unmask.pairing.stream_end import StreamEnd
-from unmask.pairing.stream_words import HostWords, PinnedMailbox
+from unmask.pairing.stream_words import HostWords, PinnedMailbox, StreamWords
 from unmask.pairing.wire import Proposals, Step
 
 logger = logging.getLogger(__name__)
@@ -87,16 +87,16 @@ class LocalDrafting:
         weights = self._engine.weights
         if not self._engine.runs_ahead:
             return
-        end: StreamEnd | None = None
+        words: StreamWords | None = None
         try:
             with torch.cuda.device_of(weights):
-                end = StreamEnd(mailbox, PinnedMailbox(mailbox) if weights.is_cuda else HostWords(mailbox))
+                words = PinnedMailbox(mailbox) if weights.is_cuda else HostWords(mailbox)
+                end = StreamEnd(mailbox, words)
                 self._engine.prepare_ahead(end, mailbox.word(REPLY))
         except (ConfigError, RuntimeError) as error:
             # Such as memory that cannot be pinned. If the device has failed the engine notices with the next step.
             logger.warning("steps are drafted once their doorbell has rung: %s", error)
-            if end is not None:
-                end.close()
+            _unpin(words)
             return
         self._end = end
 
@@ -151,3 +151,15 @@ class LocalDrafting:
             except queue.Empty:
                 continue
         return None
+
+
+def _unpin(words: StreamWords | None) -> None:
+    """Give back the pages of a mailbox that is not served ahead after all."""
+    if not isinstance(words, PinnedMailbox):
+        return
+    try:
+        # Something may have been launched before the failure.
+        torch.cuda.synchronize()
+        words.close()
+    except (ConfigError, RuntimeError) as error:
+        logger.warning("a mailbox stays pinned: %s", error)

@@ -225,11 +225,12 @@ class MailboxTarget:
             self._shape.check(hello)
             if hello.draft_version == version:
                 self._offer = _on_device(hello, self._device)
+            self._reason = ""
         except UserError as error:
             logger.warning("no proposals for now: %s", error)
             self._refused = version
         except (OSError, RuntimeError) as error:
-            # Such as a device that has no memory left, or descriptors that are short: it is tried again.
+            # Such as a device that has no memory left, or a shortage of descriptors: it is tried again.
             if (reason := str(error)) != self._reason:
                 logger.warning("the draft's projection is not taken over yet: %s", reason)
             self._reason = reason

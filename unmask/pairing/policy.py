@@ -42,8 +42,9 @@ class CostCurve:
 
     def observe(self, rows: int, seconds: float) -> None:
         """Take in one measurement of at least one row."""
-        bucket, likely = _bucket(rows), self.seconds(np.array([rows]))
+        bucket = _bucket(rows)
         if bucket not in self._rows:
+            likely = self.seconds(np.array([rows]))
             if likely is not None:
                 seconds = min(seconds, _OUTLIER * float(likely[0]))
             self._rows[bucket], self._seconds[bucket], self._evidence[bucket] = float(rows), seconds, 1.0

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import OrderedDict
 from collections.abc import Iterable
 
 TRACED = 2**32
 """Numbers from here on are the span ids of requests that are traced; others are counted from 1."""
 
+_KNOWN_SPANS = 2**16
 _MARK = "~"
 _SPAN = re.compile(rf"{_MARK}([0-9a-f]{{16}})(?=-|$)")
 
@@ -21,13 +23,14 @@ def traced_name(name: str, span_id: int) -> str:
 class RequestNumbers:
     """Numbers by name: the span id that a name carries, else one that no request of this target has had.
 
-    Of several requests of one span, such as the choices of one prompt, the first that is asked for has its id: two that
-    run at the same time never have the same number.
+    Of several requests of one span, such as the choices of one prompt, the first that is asked for has its id: no two
+    ever have the same number, for the end of the first may be told when the second has begun.
     """
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
-        self._live: set[int] = set()
+        self._spans: OrderedDict[int, None] = OrderedDict()
+        """Ids of spans that have been given, the last of them."""
         self._next = itertools.count(1)
 
     def of(self, name: str) -> int:
@@ -36,16 +39,17 @@ class RequestNumbers:
         if number is None:
             span = _SPAN.search(name)
             number = int(span[1], 16) if span else 0
-            is_free = number >= TRACED and number not in self._live
+            is_free = number >= TRACED and number not in self._spans
             number = self._numbers[name] = number if is_free else next(self._next)
-            self._live.add(number)
+            if is_free:
+                self._spans[number] = None
+                if len(self._spans) > _KNOWN_SPANS:
+                    self._spans.popitem(last=False)
         return number
 
     def forget(self, names: Iterable[str]) -> list[int]:
         """Numbers of requests that have ended, of those that had one."""
-        ended = [self._numbers.pop(name) for name in names if name in self._numbers]
-        self._live.difference_update(ended)
-        return ended
+        return [self._numbers.pop(name) for name in names if name in self._numbers]
 
     def forget_all_but(self, names: Iterable[str]) -> list[int]:
         """Numbers of the requests that are not among these any more."""
