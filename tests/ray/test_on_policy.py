@@ -28,7 +28,8 @@ RECIPE: dict[str, Any] = {
     "draft": {"num_layers": 1, "block_size": 4, "num_target_features": 1},
     "distill": {
         "max_seconds": None, "max_steps": 40, "sequences_per_step": 8, "anchors_per_sequence": 20,
-        "precision": "float32", "head_negatives": 64, "learning_rate": 5e-3, "threads_per_worker": 1,
+        "precision": "float32", "head_negatives": None, "learning_rate": 5e-3, "threads_per_worker": 1,
+        "confidence_weight": 0.5,
     },
     # The draft knows these prompts by heart: on others a random target cannot be foreseen.
     "evaluate": {"prompts": 4, "prompts_new_templates": 0, "max_new_tokens": 20, "new_items": {"split": "train"}},
@@ -94,6 +95,10 @@ def test_the_loop_is_closed(recipe: Path, target: Path, drafts: list[dict[str, A
         held_out = draft["served"]["acceptance_length_held_out"]
         assert held_out == pytest.approx(draft["evaluated"]["new_items"], rel=0.03)
     assert drafts[1]["evaluated"]["new_items"] > drafts[0]["evaluated"]["new_items"]
+    # The head was trained on greedy text, as is decoded: it is heard, and knows more than a coin.
+    for folder in (run_dir, run_dir / "round-1"):
+        report = json.loads((folder / "evaluation" / "evaluation.json").read_text())["sets"]["new_items"]
+        assert 0 < report["confidence_error"] < 0.25
     again = run("on_policy", recipe)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("complete and unchanged, skipped") == 9

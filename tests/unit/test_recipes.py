@@ -37,6 +37,7 @@ def test_recipe_is_valid_and_comes_back_from_its_own_tree(path):
         (["generate.top_k=many"], "generate.top_k"),
         (["distill.max_seconds=null"], "the run has no end"),
         (["distill.cuda_graph=true"], "distill.cuda_graph: needs use_gpu, tokens_per_step"),
+        (["distill.confidence_weight=1"], "distill.head_negatives: must be null with a confidence head"),
         (["distill.use_gpu=true", "distill.learning_rate=1e-3"], "distill.optimizer: name it beside learning_rate"),
         (["distill.learning_rate=0"], "distill.learning_rate: must be positive"),
         (["distill"], "must look like section.field=value"),

@@ -72,7 +72,8 @@ class DistillConfig:
     """Share of the budget, after `certainty_start` and within it, over which beta rises."""
     entropy_temperature: float = 0.5
     confidence_weight: float = 0.0
-    """Weight of the confidence head's loss (it never reaches the draft); 0 trains none."""
+    """Weight of the confidence head's loss (it never reaches the draft); 0 trains none. It takes the whole LM head
+    (`head_negatives: null`)."""
     optimizer: Literal["adamw", "muon"] | None = None
     """Muon makes the updates of matrices orthogonal, and leaves the rest to AdamW. None is Muon on GPUs and AdamW on
     CPUs, where that costs more than the rest of a step."""
@@ -174,6 +175,11 @@ class DistillConfig:
         require(self.decay_gamma is None or self.decay_gamma > 0, "distill.decay_gamma", "must be positive")
         require(
             self.head_negatives is None or self.head_negatives >= 0, "distill.head_negatives", "must not be negative"
+        )
+        require(
+            self.confidence_weight == 0 or self.head_negatives is None,
+            "distill.head_negatives",
+            "must be null with a confidence head: among few tokens a draft seems to be right more often than it is",
         )
 
     @property
