@@ -3,6 +3,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from tests.pairing_tools import BLOCK_SIZE, HIDDEN, LAYER_IDS, SECRET, SHAPE, VOCAB, tiny_draft
 from unmask.errors import ConfigError, PairingError, WireError
-from unmask.pairing.channel import Channel, parse_address
+from unmask.pairing.channel import Channel, listen, parse_address
 from unmask.pairing.handshake import authenticate_as_draft, authenticate_as_target, read_secret
 from unmask.pairing.hello import NO_DIGEST, decode_hello, draft_version, encode_hello, hello_of, record_digest
 from unmask.pairing.link_file import LinkConfig, read_link_file, write_link_file
@@ -152,3 +153,21 @@ def test_secrets_and_link_files_are_validated(tmp_path) -> None:
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
             read_link_file(path)
+
+
+def test_a_peer_whose_host_has_vanished_is_given_up() -> None:
+    """Nothing else would end a read that waits for it: its thread, mailbox and sessions would stay."""
+    listener = listen("127.0.0.1", 0)
+    with closing(listener):
+        ours = Channel.connect(f"127.0.0.1:{listener.getsockname()[1]}", time.monotonic() + 5)
+        sock, _ = listener.accept()
+        with closing(ours), closing(Channel(sock)) as theirs:
+            for channel in (ours, theirs):
+                told = {
+                    name: channel._socket.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"))
+                    for name in ("KEEPIDLE", "KEEPINTVL", "KEEPCNT", "USER_TIMEOUT")
+                }
+                assert channel._socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+                silent_s = told["KEEPIDLE"] + told["KEEPCNT"] * told["KEEPINTVL"]
+                assert silent_s <= 30
+                assert told["USER_TIMEOUT"] == 1000 * silent_s
