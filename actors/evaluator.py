@@ -16,6 +16,7 @@ from unmask.decoding.ngram import NgramProposer
 from unmask.evaluation.diagnosis import accepted_with_shift
 from unmask.evaluation.pairing import PairingEvaluator
 from unmask.models.target import TargetModel
+from unmask.pairing.block_drafter import head_for
 from unmask.trajectories import read_tables
 
 
@@ -39,10 +40,8 @@ class Evaluator:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         draft = load_draft(spec.draft_path).to(device)
         target = TargetModel.load(spec.target_path, draft.config.target_layer_ids, torch.float32).to(device)
-        confidence = load_confidence(spec.draft_path)
-        if confidence is not None and confidence.temperature:
-            # It says nothing of greedy text, which is what is decoded here.
-            confidence = None
+        # As served: one that was trained on sampled text says nothing of what is decoded here.
+        confidence = head_for(draft.config, load_confidence(spec.draft_path))
         tables = read_tables(Path(spec.run_dir), ["response_ids"])
         self.evaluator = PairingEvaluator(
             target,

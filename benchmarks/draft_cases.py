@@ -74,20 +74,23 @@ def _recipe(name: str, config: DistillConfig) -> str:
     return f"{name}: {config.weighting} x {config.loss}"
 
 
-def real_loop(bench: Benchmark) -> Outcome:
-    """The main draft in the real loop, on a few prompts, in float32."""
+def _of_main(bench: Benchmark) -> dict[str, Any]:
+    """What rows of the main draft have in common, however it is measured."""
     trained = bench.store.done("main")
     if trained is None:
         raise FileNotFoundError("case 'main' has not been run")
-    shared = {k: v for k, v in trained["rows"][0].items() if k not in ("prompts", "interval95")}
+    return {k: v for k, v in trained["rows"][0].items() if k not in ("prompts", "interval95")}
+
+
+def real_loop(bench: Benchmark) -> Outcome:
+    """The main draft in the real loop, on a few prompts, in float32."""
+    shared = _of_main(bench)
     return bench.real(bench.store.draft("main").to(bench.scale.device).eval(), shared), {}
 
 
 def served(bench: Benchmark) -> Outcome:
     """The main draft in vLLM's own loop, on all held-out prompts."""
-    trained = bench.store.done("main")
-    if trained is None:
-        raise FileNotFoundError("case 'main' has not been run")
+    shared = _of_main(bench)
     prompts = {name: [list(r.prompt) for r in bench.sets[f"{name}@0"]] for name in ("gsm8k", "mtbench")}
     asked, told = (bench.store.folder / f"served_{name}.json" for name in ("prompts", "rows"))
     write_json(asked, prompts)
@@ -97,7 +100,6 @@ def served(bench: Benchmark) -> Outcome:
     # What this process keeps is no use to it meanwhile, and the engine wants its share.
     bench.forget_features()
     subprocess.run([*command, f"--out={told}"], check=True)
-    shared = {k: v for k, v in trained["rows"][0].items() if k not in ("prompts", "interval95")}
     rows = [shared | {"loop": "vLLM, bfloat16"} | row for row in json.loads(told.read_text())]
     return rows, {}
 

@@ -70,7 +70,8 @@ class Prompts:
 
     def examples(self, num_tokens: int) -> list[int]:
         """The first ids of solved training questions, as they stand before a question that is to be answered alike."""
-        rows = self._rows("gsm8k/train")[: num_tokens // 20]
+        # Each has more than fifty tokens.
+        rows = self._rows("gsm8k/train")[: num_tokens // 50 + 1]
         text = "\n\n".join(f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows)
         return self.tokenizer.encode(text, add_special_tokens=False)[:num_tokens]
 

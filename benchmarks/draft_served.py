@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from actors.evaluator import eos_ids
 from benchmarks.batched_generation import repetitive
 from unmask.checkpoints import read_config
 from unmask.config import EMBEDDED_TARGET
@@ -79,8 +80,7 @@ def _answer(
     """What was accepted, and the responses."""
     from vllm import SamplingParams
 
-    ends = json.loads((resolve_target(EMBEDDED_TARGET) / "config.json").read_text())["eos_token_id"]
-    stops = ends if isinstance(ends, list) else [ends]
+    stops = sorted(eos_ids(str(resolve_target(EMBEDDED_TARGET))))
     params = [
         SamplingParams(
             temperature=temperature,

@@ -26,6 +26,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from actors.evaluator import eos_ids
 from benchmarks.draft_prompts import Prompts
 from benchmarks.pairing import await_draft, await_link, draft_process, engine_environment
 from benchmarks.pairing_rows import counters_of, machine_of
@@ -180,10 +181,9 @@ def generate(
     """
     from vllm import SamplingParams
 
-    ends = json.loads((resolve_target(EMBEDDED_TARGET) / "config.json").read_text())["eos_token_id"]
     params = SamplingParams(
         temperature=0.0, max_tokens=min(16, longest) if arguments.tiny else longest, detokenize=False,
-        stop_token_ids=ends if isinstance(ends, list) else [ends],
+        stop_token_ids=sorted(eos_ids(str(resolve_target(EMBEDDED_TARGET)))),
     )  # fmt: skip
     batch: list[dict[str, Any]] = [
         {"prompt_token_ids": prompt} | ({"cache_salt": salt} if salt else {})

@@ -75,6 +75,7 @@ def _check_schema(tree: dict[str, Any]) -> dict[str, Any]:
     except ValidationError as error:
         raise ConfigError(error.message, field=".".join(map(str, error.absolute_path)) or None) from None
     except (ValueError, KeyError, NotImplementedError, AssertionError) as error:
+        # Any of them is how Ray refuses, by what is wrong with the file.
         raise ConfigError(f"Ray refuses the file: {error}") from None
     return filled
 

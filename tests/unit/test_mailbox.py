@@ -35,6 +35,7 @@ from unmask.pairing.mailbox_words import (
     OFFERED,
     OPEN_UNTIL,
     REPLY,
+    SERVING,
     TAKEN,
     is_reached,
     signed,
@@ -504,6 +505,8 @@ def test_a_target_is_who_its_link_file_says_it_is(mailbox, echo, tmp_path) -> No
     echo.hello = replace(echo.hello, target_digest=b"\xf0" * 32, draft_version=78)
     mailbox.set_long_word(HEARTBEAT, time.monotonic_ns() + 3600 * 10**9)
     eventually(lambda: mailbox.long_word(OFFERED) == 78)
+    # All else is there.
+    eventually(lambda: mailbox.word(SERVING) == 1 and mailbox.is_guarded)
     target = MailboxTarget(mailbox, HostWords(mailbox), shape, CPU)
     target.start()
     assert not target.is_ready

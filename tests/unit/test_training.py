@@ -380,11 +380,12 @@ def ranks(world, config, folder, steps, averages_gradients):
     ids=["wrapped", "wrapped, muon", "by themselves", "by themselves, muon"],
 )  # fmt: skip
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_workers_that_come_and_go_take_the_steps_of_one(packed, averages_gradients, optimizer, tmp_path):
+@pytest.mark.parametrize("negatives", [10, None], ids=["drawn rows", "a confidence head"])
+def test_workers_that_come_and_go_take_the_steps_of_one(negatives, packed, averages_gradients, optimizer, tmp_path):
     """2, then 1, then 2 workers against 1 throughout, with what is drawn at random and what is weighed over rows."""
     config = dataclasses.replace(
-        CONFIG, sequences_per_step=4, head_negatives=None if packed else 10, beta=0.5,
-        confidence_weight=0.5 if packed else 0.0, grad_clip=1e9,
+        CONFIG, sequences_per_step=4, head_negatives=negatives, beta=0.5,
+        confidence_weight=0.5 if negatives is None else 0.0, grad_clip=1e9,
         tokens_per_step=128 if packed else None, anchors_per_step=128, optimizer=optimizer,
     )  # fmt: skip
     whole, norms = ranks(1, config, tmp_path / "whole", range(6), averages_gradients)

@@ -71,8 +71,7 @@ class PairingEvaluator:
         ngrams: NgramProposer,
         confidence: ConfidenceHead | None = None,
     ) -> None:
-        self.confidence = confidence
-        self.target, self.draft, self.ngrams = target, draft, ngrams
+        self.target, self.draft, self.ngrams, self.confidence = target, draft, ngrams, confidence
         self.num_tokens, self.eos_ids = num_speculative_tokens, eos_ids
         self.options = SamplingOptions(max_tokens=max_new_tokens)
 

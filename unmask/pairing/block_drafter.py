@@ -57,7 +57,8 @@ class BlockDrafter:
         self._cache.write(on_device[1], *self._draft.context_kv(context.to(device), on_device[0]))
 
     def adopt(self, draft: DFlashDraft) -> None:
-        """Copy the weights of a draft of the same sizes over those in use."""
+        """Copy the weights of a draft of the same sizes over those in use. Raises NotImplementedError unless
+        `in_place`: others are made anew for a new draft, which costs them nothing."""
         raise NotImplementedError
 
     def draft(self, last_tokens: np.ndarray, anchors: np.ndarray, table: PageTable, k: int) -> np.ndarray:

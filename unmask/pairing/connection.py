@@ -130,10 +130,10 @@ class DraftConnection:
         payload = _receive(self.channel, Kind.PROPOSALS, MAX_MESSAGE_BYTES, deadline)
         return decode_proposals(payload, step, self.hello.vocab_size)
 
-    def end(self, requests: Sequence[int], deadline: float) -> Proposals:
+    def end(self, requests: Sequence[int], deadline: float) -> None:
         """Requests that will not be named again. Raises WireError, OSError, DraftReplacedError."""
         fc = self.hello.projection.fc
-        return self.exchange(pack_rows([]), fc.new_empty(0, fc.shape[0]), requests, k=1, deadline=deadline)
+        self.exchange(pack_rows([]), fc.new_empty(0, fc.shape[0]), requests, k=1, deadline=deadline)
 
     def announce(self, announcement: Announcement, deadline: float) -> None:
         """Let the draft queue a step whose rows will be sent. Raises OSError."""

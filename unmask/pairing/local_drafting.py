@@ -88,16 +88,16 @@ class LocalDrafting:
         if not self._engine.runs_ahead:
             return
         words: StreamWords | None = None
-        try:
-            with torch.cuda.device_of(weights):
+        with torch.cuda.device_of(weights):
+            try:
                 words = PinnedMailbox(mailbox) if weights.is_cuda else HostWords(mailbox)
                 end = StreamEnd(mailbox, words)
                 self._engine.prepare_ahead(end, mailbox.word(REPLY))
-        except (ConfigError, RuntimeError) as error:
-            # Such as memory that cannot be pinned. If the device has failed the engine notices with the next step.
-            logger.warning("steps are drafted once their doorbell has rung: %s", error)
-            _unpin(words)
-            return
+            except (ConfigError, RuntimeError) as error:
+                # Such as memory that cannot be pinned. If the device has failed the engine notices with the next step.
+                logger.warning("steps are drafted once their doorbell has rung: %s", error)
+                _unpin(words)
+                return
         self._end = end
 
     def ahead(self, control: Control, finished: Sequence[int], watch: Watch) -> bool:
@@ -154,7 +154,7 @@ class LocalDrafting:
 
 
 def _unpin(words: StreamWords | None) -> None:
-    """Give back the pages of a mailbox that is not served ahead after all."""
+    """Give back the pages of a mailbox that is not served ahead after all; on the draft's device."""
     if not isinstance(words, PinnedMailbox):
         return
     try:

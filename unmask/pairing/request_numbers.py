@@ -23,14 +23,14 @@ def traced_name(name: str, span_id: int) -> str:
 class RequestNumbers:
     """Numbers by name: the span id that a name carries, else one that no request of this target has had.
 
-    Of several requests of one span, such as the choices of one prompt, the first that is asked for has its id: no two
-    ever have the same number, for the end of the first may be told when the second has begun.
+    Of several requests of one span, such as the choices of one prompt, the first that is asked for has its id, for as
+    long as the span is remembered: the end of the first may be told when the second has begun.
     """
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
         self._spans: OrderedDict[int, None] = OrderedDict()
-        """Ids of spans that have been given, the last of them."""
+        """Ids of the last spans that have been given."""
         self._next = itertools.count(1)
 
     def of(self, name: str) -> int:
