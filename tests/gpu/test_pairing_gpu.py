@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 SECRET = b"not for production: 0123456789ab"
 NUM_FUZZED = 2000
-LIMIT_MS = "200"
+LIMIT_MS = "500"
 WAYS = ("same host", "sidecar")
 
 
@@ -277,7 +277,7 @@ def v2_engine(target: Path, way: str | None, draft: Draft | None = None, **optio
     variables = {"VLLM_USE_V2_MODEL_RUNNER": "1", WATCHDOG_VARIABLE: LIMIT_MS}
     arguments = {"model": str(target), "enforce_eager": False, "max_num_seqs": 32, "max_num_batched_tokens": 512}
     # Little is needed: other work may be on the GPU.
-    arguments |= {"gpu_memory_utilization": 0.3, "disable_log_stats": False, **options}
+    arguments |= {"gpu_memory_utilization": 0.2, "disable_log_stats": False, **options}
     if way is not None:
         link_file = draft.folder / "link.json"
         variables[LINK_FILE_VARIABLE] = str(link_file)
