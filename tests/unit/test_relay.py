@@ -6,13 +6,14 @@ import itertools
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from tests.ahead_tools import CountingEngine, new_engine
-from tests.pairing_tools import BLOCK_SIZE, HIDDEN, eventually, row
+from tests.pairing_tools import BLOCK_SIZE, HIDDEN, SECRET, eventually, row, tiny_draft, tiny_vocabulary
 from unmask.errors import WireError
 from unmask.pairing.announcement import Announcement, check_tokens, decode_tokens
 from unmask.pairing.batcher import Batcher
@@ -20,8 +21,11 @@ from unmask.pairing.channel import Channel
 from unmask.pairing.coming_rows import ComingRows
 from unmask.pairing.draft_engine import DraftEngine
 from unmask.pairing.local_drafting import LocalDrafting
+from unmask.pairing.mailbox import Mailbox
 from unmask.pairing.mailbox_words import STEP_MASK, signed
 from unmask.pairing.relay import Relay
+from unmask.pairing.server import DraftServer
+from unmask.pairing.stream_end import StreamEnd
 from unmask.pairing.wire import MAX_MESSAGE_BYTES, Kind, Proposals, Step, pack_rows, tensor_bytes
 
 K = BLOCK_SIZE - 1
@@ -231,3 +235,47 @@ def test_a_request_that_is_named_twice_is_refused(relayed) -> None:
     step = step_of(relayed.engine, 1, [(7, 0, 2, 5), (8, 0, 1, 5), (7, 2, 2, 5)])
     with pytest.raises(WireError, match="named twice"):
         relayed.engine.check(step)
+
+
+class NotingEngine(CountingEngine):
+    """Notes for how many requests it was prepared."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.prepared: list[int] = []
+
+    def prepare_ahead(self, end: StreamEnd, number: int) -> None:
+        super().prepare_ahead(end, number)
+        self.prepared.append(end.mailbox.layout.max_requests)
+
+
+def test_a_draft_has_rehearsed_before_it_greets_a_target() -> None:
+    before = {entry.name for entry in Path("/dev/shm").glob("unmask-*/*")}
+    vocabulary = tiny_vocabulary()
+    server = DraftServer(tiny_draft(), vocabulary, vocabulary, SECRET, memory_mb=2)
+    engine = server._engine = server._batcher._engine = new_engine(NotingEngine, "cpu")
+    server._relays = True
+    server.start()
+    try:
+        assert engine.prepared == [16, 32, 64, 128, 256]
+        assert engine.resident_requests == 0
+        assert {entry.name for entry in Path("/dev/shm").glob("unmask-*/*")} <= before
+        assert server.stats().steps == 0
+    finally:
+        server.stop()
+
+
+def test_a_draft_that_cannot_rehearse_serves_all_the_same(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Mailbox, "create", refuse)
+    vocabulary = tiny_vocabulary()
+    server = DraftServer(tiny_draft(), vocabulary, vocabulary, SECRET, memory_mb=2)
+    server._relays = True
+    server.start()
+    try:
+        assert "No space left on device" in caplog.text
+        assert server.alive
+    finally:
+        server.stop()

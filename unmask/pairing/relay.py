@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from unmask.errors import WireError
 from unmask.files import private_folder
@@ -30,6 +32,8 @@ _LIMIT_S = 30.0
 _SERVICE_REST_S = 2e-4
 """Of the thread that queues and books steps: it takes no part in a reply."""
 _SENT_S = 0.005
+_USUAL_REQUESTS = (16, 32, 64, 128, 256)
+"""Of a step at most: a kernel is compiled for each power of two."""
 
 
 class Relay:
@@ -221,3 +225,30 @@ class Relay:
                 raise WireError("the draft has failed")
             self._attention.rest()
         self._attention.came()
+
+
+def rehearse(new_drafting: Callable[[], LocalDrafting], width: int, dtype: torch.dtype, vocab_size: int) -> None:
+    """Load and compile, once in a process, what a first announced step would keep a running target waiting for.
+
+    Args:
+        new_drafting: a session of its own at each call.
+        width, dtype: of feature rows.
+        vocab_size: of the tokens.
+
+    Raises:
+        OSError: no room in shared memory.
+    """
+    nothing = np.empty(0, dtype=np.int64)
+    for max_requests in _USUAL_REQUESTS:
+        announcement = Announcement(
+            number=1,
+            draft_version=0,
+            num_speculative_tokens=1,
+            requests=nothing.astype(np.uint64),
+            finished=nothing.astype(np.uint64),
+            coming=ComingRows(nothing, nothing),
+            max_requests=max_requests,
+            max_rows=max_requests,
+            dtype=dtype,
+        )
+        Relay(new_drafting(), announcement, width, vocab_size).close()

@@ -32,6 +32,7 @@ from unmask.pairing.handshake import authenticate_as_draft
 from unmask.pairing.hello import encode_hello
 from unmask.pairing.local_drafting import LocalDrafting
 from unmask.pairing.mailbox_folder import MailboxFolder
+from unmask.pairing.relay import rehearse
 from unmask.pairing.request_log import DraftedRequest
 from unmask.pairing.wire import Kind, encode_refusal
 from unmask.types import TargetRecord
@@ -127,6 +128,8 @@ class DraftServer:
             host = f"[{self._host}]" if ":" in self._host else self._host
             self.address = f"{host}:{self._listener.getsockname()[1]}"
         self._batcher.start()
+        if self._relays:
+            self._rehearse()
         if self._mailboxes is not None:
             self._mailboxes.start()
         threading.Thread(target=self._accept, args=(self._listener,), name="draft_accept", daemon=True).start()
@@ -182,6 +185,14 @@ class DraftServer:
 
     def _local_drafting(self) -> LocalDrafting:
         return LocalDrafting(self._engine, self._batcher, lambda: next(self._numbers))
+
+    def _rehearse(self) -> None:
+        """See `rehearse`. Who connects meanwhile is greeted afterwards."""
+        weights, hello = self._engine.weights, self._engine.hello
+        try:
+            rehearse(self._local_drafting, weights.shape[0], weights.dtype, hello.vocab_size)
+        except OSError as error:
+            logger.warning("first steps over the wire will be slow: %s", error)
 
     def _accept(self, listener: socket.socket) -> None:
         while not self._stopping:
