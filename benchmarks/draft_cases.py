@@ -13,6 +13,7 @@ from benchmarks.draft_bench import FIRST, FRESH, Benchmark
 from benchmarks.draft_lines import (
     ABLATIONS,
     ADAMW,
+    MAINS,
     OPTIMIZERS,
     PUBLISHED,
     PUBLISHED_RATE,
@@ -62,8 +63,8 @@ def ngrams(bench: Benchmark) -> Outcome:
 
 
 def main_training(bench: Benchmark, name: str = "main") -> Outcome:
-    """The best recipe for its time, over as many calls as it takes; or the published weights and loss in its place."""
-    config = bench.scale.config if name == "main" else replace(bench.scale.config, **PUBLISHED)
+    """A recipe of `MAINS` for the whole time, over as many calls as it takes."""
+    config = replace(bench.scale.config, **MAINS[name])
     trainer = bench.trainer(config, bench.features(), bench.new_draft(config.seed))
     run = bench.run(trainer, seconds=bench.scale.main_seconds, state=bench.store.folder / f"{name}_state")
     bench.store.keep_draft(name, trainer.average)
@@ -71,7 +72,8 @@ def main_training(bench: Benchmark, name: str = "main") -> Outcome:
 
 
 def _recipe(name: str, config: DistillConfig) -> str:
-    return f"{name}: {config.weighting} x {config.loss}"
+    certainty = f", beta {config.beta:g} {config.gate}" if config.beta else ""
+    return f"{name}: {config.weighting} x {config.loss}{certainty}"
 
 
 def _of_main(bench: Benchmark) -> dict[str, Any]:

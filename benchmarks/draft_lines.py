@@ -33,6 +33,12 @@ ABLATIONS: list[tuple[str, dict[str, Any]]] = [
 """The table, most telling lines first; equal tokens."""
 PUBLISHED: dict[str, Any] = {"weighting": "decay", "loss": "ce"}
 """What the lines of the table change."""
+MAINS: dict[str, dict[str, Any]] = {
+    "main": {},
+    "published": PUBLISHED,
+    "certain": {"beta": 0.5, "gate": "prefix_right", "certainty_start": 0.3},
+}
+"""What is trained for the whole time, and how it departs from the default."""
 ADAMW: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 1.5e-3}
 """What the lines of the table and second stages are trained by."""
 PUBLISHED_RATE = 1e-3
@@ -50,6 +56,9 @@ OPTIMIZERS: list[tuple[Literal["adamw", "muon"], float, str, int, int | None]] =
     ("muon", 2.4e-2, "target", 2048, 4), ("adamw", 3e-3, "target", 2048, 4), ("adamw", 6e-3, "target", 2048, 4),
     ("muon", 6e-3, "target", 4096, 4), ("adamw", 1.5e-3, "target", 2048, None), ("adamw", 3e-3, "target", 2048, None),
     ("adamw", 6e-3, "target", 2048, None), ("muon", 2.4e-2, "target", 2048, 1), ("muon", 2.4e-2, "target", 2048, None),
+    ("muon", 1.2e-2, "target", 2048, 1), ("muon", 6e-3, "random", 2048, 1), ("muon", 1.2e-2, "random", 2048, 1),
+    ("muon", 6e-3, "random", 2048, 4), ("muon", 1.2e-2, "random", 2048, 4), ("muon", 6e-3, "random", 2048, None),
+    ("muon", 1.2e-2, "random", 2048, None),
 ]  # fmt: skip
 """With their highest rate, the weights to start from, anchors a step, and for how many times the steps of `equal`; None
 is the time of the main training. Measured on the test prompts, and on those by which a rate is chosen."""

@@ -42,7 +42,7 @@ from benchmarks.draft_cases import (
     speculators,
     trajectories,
 )
-from benchmarks.draft_lines import ABLATIONS, BY_DEFAULT, OPTIMIZERS, SECOND, SEEDS, SPECULATORS_RATES
+from benchmarks.draft_lines import ABLATIONS, BY_DEFAULT, MAINS, OPTIMIZERS, SECOND, SEEDS, SPECULATORS_RATES
 from benchmarks.draft_scale import full_scale, tiny_scale
 from benchmarks.draft_store import Store
 
@@ -68,8 +68,8 @@ def cases() -> dict[str, Callable[[Benchmark], Outcome]]:
             for line, (name, rate, start, anchors, times) in enumerate(OPTIMIZERS)
             for budget in [f"x{times}" if times else "main"]
         },
-        "main": main_training, "real": real_loop, "served": served,
-        "published": partial(main_training, name="published"),
+        **{name: partial(main_training, name=name) for name in MAINS},
+        "real": real_loop, "served": served,
         "speculators": speculators, "reference": reference, "equal": equal, "ngrams": ngrams,
     }  # fmt: skip
     table |= {f"speculators-{rate:g}": partial(speculators, rate=rate) for rate in SPECULATORS_RATES}

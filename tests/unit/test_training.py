@@ -1,12 +1,8 @@
 """Training: data order, schedules, caches, exact resume, and a draft that learns."""
 
 import dataclasses
-import functools
-import itertools
 import json
 import shutil
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,12 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.draft_tools import VOCAB, tiny_pair
-from unmask.config import DistillConfig
-from unmask.decoding.speculative import speculative_decode
+from tests.training_tools import CONFIG, responses, trainer
 from unmask.errors import UserError
-from unmask.objectives.confidence import ConfidenceHead
 from unmask.training.budget import Budget
-from unmask.training.draft_trainer import DraftTrainer
 from unmask.training.drafting_forward import DraftingForward, training_blocks
 from unmask.training.feature_cache import FeatureCache
 from unmask.training.head import TrainingHead
@@ -27,44 +20,6 @@ from unmask.training.rates import rate_share
 from unmask.training.sequences import SequenceSet, TokenSequence
 from unmask.training.step_report import StepReport
 from unmask.training.training_state import resume_state, save_state
-from unmask.types import SamplingOptions
-
-CONFIG = DistillConfig(
-    max_steps=40, max_seconds=None, precision="float32", anchors_per_sequence=4, head_negatives=None, loss="ce",
-    weighting="decay",
-)  # fmt: skip
-
-
-@functools.cache
-def responses(count=8, length=14):
-    """Prompts with what the tiny target says."""
-    target, _ = tiny_pair()
-    sequences = []
-    for start in range(count):
-        prompt = [3 + start, 9]
-        options = SamplingOptions(max_tokens=length, ignore_eos=True)
-        result = speculative_decode(target, None, prompt, options, num_speculative_tokens=1, eos_ids=frozenset())
-        sequences.append(TokenSequence((*prompt, *result.token_ids), len(prompt)))
-    return sequences
-
-
-def trainer(config=CONFIG, cache_bytes=10**8, rank=0, **kwargs):
-    target, draft = tiny_pair()
-    torch.manual_seed(0)
-    texts = responses()
-    sequences = SequenceSet(
-        texts,
-        batch_size=config.sequences_per_step,
-        seed=config.seed,
-        rank=rank,
-        world_size=kwargs.get("world_size", 1),
-        tokens_per_step=config.tokens_per_step,
-    )
-    features = FeatureCache(target, sequences, cache_bytes)
-    head = TrainingHead(target.lm_head, {t for s in texts for t in s.ids}, config.head_negatives)
-    confidence = ConfidenceHead(draft.config.hidden_size, draft.config.block_size - 1)
-    kwargs |= {"confidence": confidence} if config.confidence_weight else {}
-    return DraftTrainer(draft.train().requires_grad_(True), features, head, config, **kwargs)
 
 
 def test_a_distance_to_the_target_needs_its_final_states():
@@ -326,78 +281,6 @@ def test_damaged_checkpoints_do_not_push_out_a_sound_one(tmp_path):
     begun_again.step(0.0)
     save_state(tmp_path, begun_again, {})
     assert resume_state(tmp_path, trainer()) == {"steps_done": 1}
-
-
-def ranks(world, config, folder, steps, averages_gradients):
-    """Ranks of a data-parallel run as threads: totals are summed as collectives would do it, and gradients averaged
-    as a wrapper would, or by the trainers.
-
-    They go on from the newest checkpoint in `folder` and leave one. Losses of draft and confidence head, step by step.
-    """
-    barrier, shared, reported, norms = threading.Barrier(world), [None] * world, {}, {}
-
-    def gather(rank, tensor):
-        shared[rank] = tensor
-        barrier.wait(30)
-        tensors = list(shared)
-        barrier.wait(30)
-        return tensors
-
-    def rank_trainer(rank):
-        learner = trainer(
-            config, rank=rank, world_size=world, reduce=lambda x: torch.stack(gather(rank, x)).sum(0),
-            averages_gradients=averages_gradients,
-        )  # fmt: skip
-        parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
-
-        def average(*_):
-            # Muon calls its hooks for AdamW's part too, when the gradients of matrices are gone.
-            for parameter in (p for p in parameters if p.grad is not None):
-                parameter.grad = torch.stack(gather(rank, parameter.grad)).mean(0)
-
-        if not averages_gradients:
-            learner.optimizer.register_step_pre_hook(average)
-        resume_state(folder, learner)
-        return learner
-
-    def run(learner):
-        for step in steps:
-            report = learner.step(step / 40)
-            # An optimiser that divides by a gradient's size does not see one of the wrong scale.
-            norms[step] = report["grad_norm"]
-            reported[step] = [report["loss"], *([report["confidence"]] if config.confidence_weight else [])]
-
-    learners = [rank_trainer(rank) for rank in range(world)]
-    with ThreadPoolExecutor(world) as pool:
-        for future in [pool.submit(run, learner) for learner in learners]:
-            future.result()
-    save_state(folder, learners[0], {})
-    return [value for step in steps for value in reported[step]], [norms[step] for step in steps]
-
-
-@pytest.mark.parametrize(
-    ("averages_gradients", "optimizer"), [(False, "adamw"), (False, "muon"), (True, "adamw"), (True, "muon")],
-    ids=["wrapped", "wrapped, muon", "by themselves", "by themselves, muon"],
-)  # fmt: skip
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("negatives", [10, None], ids=["drawn rows", "a confidence head"])
-def test_workers_that_come_and_go_take_the_steps_of_one(negatives, packed, averages_gradients, optimizer, tmp_path):
-    """2, then 1, then 2 workers against 1 throughout, with what is drawn at random and what is weighed over rows."""
-    config = dataclasses.replace(
-        CONFIG, sequences_per_step=4, head_negatives=negatives, beta=0.5,
-        confidence_weight=0.5 if negatives is None else 0.0, grad_clip=1e9,
-        tokens_per_step=128 if packed else None, anchors_per_step=128, optimizer=optimizer,
-    )  # fmt: skip
-    whole, norms = ranks(1, config, tmp_path / "whole", range(6), averages_gradients)
-    parts = [
-        ranks(world, config, tmp_path / "parts", range(start, start + 2), averages_gradients)
-        for world, start in ((2, 0), (1, 2), (2, 4))
-    ]
-    losses, norms_of_parts = (list(itertools.chain(*values)) for values in zip(*parts, strict=True))
-    assert losses == pytest.approx(whole, rel=1e-6, abs=0)
-    if averages_gradients:
-        # Wrapped ones are averaged here after they were measured.
-        assert norms_of_parts == pytest.approx(norms, rel=1e-5, abs=0)
 
 
 def test_log_lines_are_json(tmp_path):
