@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from unmask.checkpoints import load_confidence, load_draft
 from unmask.config import Recipe
@@ -17,6 +16,7 @@ from unmask.evaluation.diagnosis import accepted_with_shift
 from unmask.evaluation.pairing import PairingEvaluator
 from unmask.models.target import TargetModel
 from unmask.pairing.block_drafter import head_for
+from unmask.targets import eos_ids
 from unmask.trajectories import read_tables
 
 
@@ -58,12 +58,6 @@ class Evaluator:
         return asdict(self.evaluator.run(prompt_ids))
 
 
-def eos_ids(target_path: str) -> frozenset[int]:
-    """Tokens that end a response, from the target's generation config."""
-    ids = GenerationConfig.from_pretrained(target_path, local_files_only=True).eos_token_id
-    return frozenset(ids if isinstance(ids, list) else [ids])
-
-
 def accepted_by_shift(
     recipe: Recipe, path: Path, draft_path: Path, prompts: Sequence[Sequence[int]]
 ) -> dict[int, list[list[int]]]:
@@ -84,7 +78,7 @@ def accepted_by_shift(
             shift,
             num_speculative_tokens=recipe.evaluate.num_speculative_tokens or draft.config.block_size - 1,
             max_new_tokens=recipe.evaluate.max_new_tokens,
-            eos_ids=eos_ids(str(path)),
+            eos_ids=eos_ids(path),
         )
         for shift in (0, 1, -1)
         if min(layers) + shift >= 0 and max(layers) + shift < len(target.blocks)

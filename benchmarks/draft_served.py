@@ -16,12 +16,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from actors.evaluator import eos_ids
 from benchmarks.batched_generation import repetitive
 from unmask.checkpoints import read_config
 from unmask.config import EMBEDDED_TARGET
 from unmask.files import write_json
-from unmask.targets import resolve_target
+from unmask.targets import eos_ids, resolve_target
 
 LONGEST = 256
 """Of a response, in tokens."""
@@ -81,7 +80,7 @@ def _answer(
     """What was accepted, and the responses."""
     from vllm import SamplingParams
 
-    stops = sorted(eos_ids(str(resolve_target(EMBEDDED_TARGET))))
+    stops = sorted(eos_ids(resolve_target(EMBEDDED_TARGET)))
     params = [
         SamplingParams(
             temperature=temperature,

@@ -26,7 +26,6 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from actors.evaluator import eos_ids
 from benchmarks.draft_prompts import Prompts
 from benchmarks.pairing import await_draft, await_link, draft_process, engine_environment
 from benchmarks.pairing_rows import counters_of, machine_of
@@ -34,7 +33,7 @@ from engines.draft_arguments import RemoteDraftOptions, graphs_of, with_remote_d
 from unmask.checkpoints import read_config
 from unmask.config import EMBEDDED_TARGET
 from unmask.models.dflash import DFlashConfig
-from unmask.targets import resolve_target
+from unmask.targets import eos_ids, resolve_target
 
 MODES = ("target", "native", "remote")
 ROLES = (*MODES, "prefix")
@@ -183,7 +182,7 @@ def generate(
 
     params = SamplingParams(
         temperature=0.0, max_tokens=min(16, longest) if arguments.tiny else longest, detokenize=False,
-        stop_token_ids=sorted(eos_ids(str(resolve_target(EMBEDDED_TARGET)))),
+        stop_token_ids=sorted(eos_ids(resolve_target(EMBEDDED_TARGET))),
     )  # fmt: skip
     batch: list[dict[str, Any]] = [
         {"prompt_token_ids": prompt} | ({"cache_salt": salt} if salt else {})

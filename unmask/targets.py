@@ -119,6 +119,15 @@ def unused_special_token(tokenizer: Any) -> int:
     return free[0][1]
 
 
+def eos_ids(target: str | Path) -> frozenset[int]:
+    """Tokens that end a response, from the generation config of a target's directory."""
+    # Imported here: a name is resolved in places that need no model.
+    from transformers import GenerationConfig
+
+    ids = GenerationConfig.from_pretrained(target, local_files_only=True).eos_token_id
+    return frozenset(ids if isinstance(ids, list) else [ids])
+
+
 def _fetch(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

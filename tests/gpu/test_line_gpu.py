@@ -12,7 +12,7 @@ import pytest
 
 from unmask.capture import ACCEPTED, CACHED, read_captured
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1000)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(700)]
 
 ROOT = Path(__file__).parents[2]
 OVERRIDES = (
@@ -35,7 +35,7 @@ def test_the_gate_lets_through_what_was_evaluated(tmp_path: Path) -> None:
     with said.open("w") as log:
         try:
             code = subprocess.run(
-                command, cwd=ROOT, env=os.environ | exact, stdout=log, stderr=log, timeout=900, check=False
+                command, cwd=ROOT, env=os.environ | exact, stdout=log, stderr=log, timeout=640, check=False
             ).returncode
         except subprocess.TimeoutExpired:
             code = None

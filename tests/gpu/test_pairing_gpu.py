@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 SECRET = b"not for production: 0123456789ab"
 NUM_FUZZED = 2000
-LIMIT_MS = "500"
+LIMIT_MS = "200"
 WAYS = ("same host", "sidecar")
 
 

@@ -34,8 +34,6 @@ class BlockDrafter:
         confidence: the draft's confidence head, if it has one.
     """
 
-    in_place = False
-    """Whether `adopt` can put other weights into the ones that are used."""
     uses_confidence = True
     """Whether blocks end where a confidence head doubts them."""
 
@@ -55,11 +53,6 @@ class BlockDrafter:
         device = self._embedding.device
         on_device = torch.from_numpy(np.stack([positions, slots])).to(device)
         self._cache.write(on_device[1], *self._draft.context_kv(context.to(device), on_device[0]))
-
-    def adopt(self, draft: DFlashDraft) -> None:
-        """Copy the weights of a draft of the same sizes over those in use. Raises NotImplementedError unless
-        `in_place`: others are made anew for a new draft, which costs them nothing."""
-        raise NotImplementedError
 
     def draft(self, last_tokens: np.ndarray, anchors: np.ndarray, table: PageTable, k: int) -> np.ndarray:
         """Greedy ids int32 [B, K] of requests with the anchor token `last_tokens` at position `anchors`."""

@@ -113,14 +113,14 @@ class DraftEngine:
         hello = hello_of(draft, draft_version(draft), record)
         move_beside(draft, self.weights.device)
         blocks, cache = self._blocks, self._cache
-        in_place = blocks.in_place and config == served
-        if not in_place:
+        recorded = blocks if isinstance(blocks, GraphedBlocks) and config == served else None
+        if recorded is None:
             sizes = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim, draft.fc.weight.dtype)
             cache = cache if cache.fits(*sizes) else self._new_cache(draft)
             blocks = self._new_blocks(draft, cache, confidence)
         with self._lock:
-            if in_place:
-                blocks.adopt(draft)
+            if recorded is not None:
+                recorded.adopt(draft)
             else:
                 self._draft, self._blocks, self._cache = draft, blocks, cache
             cache.tables.clear()

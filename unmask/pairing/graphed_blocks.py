@@ -41,7 +41,6 @@ class GraphedBlocks(BlockDrafter):
         ladder: batch sizes to record, ascending.
     """
 
-    in_place = True
     uses_confidence = False
 
     def __init__(
@@ -74,7 +73,8 @@ class GraphedBlocks(BlockDrafter):
         self._kv_weight, self._key_norms = self._derived()
 
     def adopt(self, draft: DFlashDraft) -> None:
-        """See `BlockDrafter.adopt`; the graphs stay valid, since they read the weights where they lie."""
+        """Copy the weights of a draft of the same sizes over those in use. Graphs, which take seconds to record, read
+        them where they lie."""
         with torch.no_grad():
             self._draft.load_state_dict(draft.state_dict())
             for kept, new in zip((self._kv_weight, self._key_norms), self._derived(), strict=True):
