@@ -1,4 +1,4 @@
-# make demo   the whole line on this machine: prompts to a served pairing, about 12 minutes on two cores with AVX-512
+# make demo   the whole line on this machine: prompts to a served pairing, 12 to 15 minutes on two cores with AVX-512
 # make test   lint, types, layers and the tests that need no GPU
 # make test-all   the same with the slow ones: floods, long kill series
 # make audit  what the locked packages are (dist/sbom.json) and which of them have known weaknesses

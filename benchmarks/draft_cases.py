@@ -13,7 +13,9 @@ from benchmarks.draft_bench import FIRST, FRESH, Benchmark
 from benchmarks.draft_lines import (
     ABLATIONS,
     ADAMW,
+    LATER,
     MAINS,
+    NO_CERTAINTY,
     OPTIMIZERS,
     PUBLISHED,
     PUBLISHED_RATE,
@@ -25,6 +27,7 @@ from unmask.config import DistillConfig
 from unmask.decoding.ngram import NgramProposer, replay
 from unmask.evaluation.replay import replay_draft
 from unmask.files import write_json
+from unmask.models.dflash import DFlashDraft
 from unmask.objectives.confidence import ConfidenceHead
 from unmask.training.sequences import TokenSequence
 from unmask.types import ServedRequest
@@ -64,16 +67,33 @@ def ngrams(bench: Benchmark) -> Outcome:
 
 def main_training(bench: Benchmark, name: str = "main") -> Outcome:
     """A recipe of `MAINS` for the whole time, over as many calls as it takes."""
-    config = replace(bench.scale.config, **MAINS[name])
+    config = _config_of(bench, name)
     trainer = bench.trainer(config, bench.features(), bench.new_draft(config.seed))
     run = bench.run(trainer, seconds=bench.scale.main_seconds, state=bench.store.folder / f"{name}_state")
     bench.store.keep_draft(name, trainer.average)
-    return bench.measure(trainer.average, "ours", _recipe(name, config), config, run), {"run": run}
+    return _on_all_sets(bench, trainer.average, _recipe(name, config), config, run), {"run": run}
+
+
+def _config_of(bench: Benchmark, name: str) -> DistillConfig:
+    config = replace(bench.scale.config, **MAINS[name])
+    return replace(config, anchors_per_step=2 * config.anchors_per_step) if name == "wide" else config
 
 
 def _recipe(name: str, config: DistillConfig) -> str:
     certainty = f", beta {config.beta:g} {config.gate}" if config.beta else ""
-    return f"{name}: {config.weighting} x {config.loss}{certainty}"
+    return f"{name}: {config.weighting} x {config.loss}{certainty}, {config.anchors_per_step} anchors"
+
+
+def _on_all_sets(
+    bench: Benchmark, draft: DFlashDraft, recipe: str, config: DistillConfig, run: dict[str, float],
+    trainer: str = "ours",
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows on the test prompts, and on those by which recipes are chosen."""
+    return [
+        row
+        for to_choose in (False, True)
+        for row in bench.measure(draft, trainer, recipe, config, run, to_choose=to_choose)
+    ]
 
 
 def _of_main(bench: Benchmark) -> dict[str, Any]:
@@ -109,7 +129,7 @@ def served(bench: Benchmark) -> Outcome:
 def confidence(bench: Benchmark, temperature: float) -> Outcome:
     """A confidence head, trained beside the main draft on text of one temperature; how far off it is on text of other
     prompts."""
-    config = replace(bench.scale.config, **(ADAMW | {"learning_rate": 5e-4, "confidence_weight": 1.0}))
+    config = replace(bench.scale.config, **(LATER | {"confidence_weight": 1.0}))
     # Of the training responses the first to each prompt is greedy.
     first = {r.prompt: r for r in reversed(bench.store.responses(FIRST))}
     chosen = bench.store.responses(FRESH) if temperature else list(first.values())
@@ -140,12 +160,7 @@ def speculators(bench: Benchmark, rate: float = PUBLISHED_RATE) -> Outcome:
     theirs = SpeculatorsTrainer(bench.sizes, bench.features(), config)
     run = bench.run(theirs, steps=bench.scale.comparison_steps)
     recipe = "d_pace x ce, random start, Muon" + (f" at {rate:g}" if rate != PUBLISHED_RATE else "")
-    rows = [
-        row
-        for to_choose in (True, False)
-        for row in bench.measure(theirs.draft(), "speculators", recipe, config, run, to_choose=to_choose)
-    ]
-    return rows, {"run": run}
+    return _on_all_sets(bench, theirs.draft(), recipe, config, run, "speculators"), {"run": run}
 
 
 def reference(bench: Benchmark) -> Outcome:
@@ -159,19 +174,22 @@ def reference(bench: Benchmark) -> Outcome:
     return bench.measure(trainer.average, "reference", "decay x ce, random start", config, run), {"run": run}
 
 
-def equal(bench: Benchmark) -> Outcome:
-    """Ours for the steps of `speculators`; its draft is kept."""
-    config = bench.scale.config
+def equal(bench: Benchmark, name: str = "main") -> Outcome:
+    """A recipe of `MAINS` for the steps of `speculators`, on the same tokens; its draft is kept."""
+    config = _config_of(bench, name)
     trainer = bench.trainer(config, bench.features(), bench.new_draft(config.seed))
     run = bench.run(trainer, steps=bench.scale.comparison_steps)
-    bench.store.keep_draft("equal", trainer.average)
-    return bench.measure(trainer.average, "ours", "main, steps of speculators", config, run), {"run": run}
+    bench.store.keep_draft("equal" if name == "main" else f"equal-{name}", trainer.average)
+    recipe = f"{_recipe(name, config)}, steps of speculators"
+    return _on_all_sets(bench, trainer.average, recipe, config, run), {"run": run}
 
 
 def optimizer(bench: Benchmark, line: int) -> Outcome:
-    """The main recipe by another optimiser, at another rate, from another start or with more anchors a step."""
+    """The main recipe without its certainty term by another optimiser, at another rate, from another start or with more
+    anchors a step."""
     name, rate, start, anchors, times = OPTIMIZERS[line]
-    config = replace(bench.scale.config, optimizer=name, learning_rate=rate, anchors_per_step=anchors)
+    changes: dict[str, Any] = {"optimizer": name, "learning_rate": rate, "anchors_per_step": anchors}
+    config = replace(bench.scale.config, **(NO_CERTAINTY | changes))
     trainer = bench.trainer(config, bench.features(), bench.new_draft(config.seed, start))
     budget = f"{bench.scale.main_seconds:g} s"
     if times is None:
@@ -179,14 +197,9 @@ def optimizer(bench: Benchmark, line: int) -> Outcome:
     else:
         steps = times * bench.scale.comparison_steps
         run, budget = bench.run(trainer, steps=steps), f"{steps} steps"
-    recipe = f"main by {name} at {rate:g}, {budget}" + (f", {start} start" if start == "random" else "")
+    recipe = f"no-certainty by {name} at {rate:g}, {budget}" + (f", {start} start" if start == "random" else "")
     recipe += "" if anchors == bench.scale.config.anchors_per_step else f", {anchors} anchors"
-    rows = [
-        row
-        for to_choose in (True, False)
-        for row in bench.measure(trainer.average, "ours", recipe, config, run, to_choose=to_choose)
-    ]
-    return rows, {"run": run}
+    return _on_all_sets(bench, trainer.average, recipe, config, run), {"run": run}
 
 
 def ablation(bench: Benchmark, line: int, seed: int, optimizer: dict[str, Any] = ADAMW) -> Outcome:
@@ -202,7 +215,7 @@ def ablation(bench: Benchmark, line: int, seed: int, optimizer: dict[str, Any] =
 
 def second(bench: Benchmark, stage: int, seed: int) -> Outcome:
     """A second stage from the main draft."""
-    config = replace(bench.scale.config, seed=seed, **(ADAMW | {"learning_rate": 5e-4}))
+    config = replace(bench.scale.config, seed=seed, **LATER)
     draft = bench.store.draft("main").to(bench.scale.device)
     if stage > 0:
         drawn = bench.store.responses(FRESH)

@@ -31,16 +31,18 @@ ABLATIONS: list[tuple[str, dict[str, Any]]] = [
      {"weighting": "first_miss", "loss": "kl", "beta": 0.5, "gate": "prefix_right", "certainty_start": 0.3}),
 ]  # fmt: skip
 """The table, most telling lines first; equal tokens."""
-PUBLISHED: dict[str, Any] = {"weighting": "decay", "loss": "ce"}
+PUBLISHED: dict[str, Any] = {"weighting": "decay", "loss": "ce", "beta": 0.0, "certainty_start": 0.0}
 """What the lines of the table change."""
-MAINS: dict[str, dict[str, Any]] = {
-    "main": {},
-    "published": PUBLISHED,
-    "certain": {"beta": 0.5, "gate": "prefix_right", "certainty_start": 0.3},
-}
-"""What is trained for the whole time, and how it departs from the default."""
+NO_CERTAINTY: dict[str, Any] = {"beta": 0.0}
+"""Of what was chosen before the certainty term was: optimisers and their rates."""
+MAINS: dict[str, dict[str, Any]] = {"main": {}, "no-certainty": NO_CERTAINTY, "published": PUBLISHED, "wide": {}}
+"""What is trained for the whole time, and how it departs from the default; `wide` has twice the anchors."""
+EQUAL = ("no-certainty", "wide")
+"""Of these, what is trained for the steps of `speculators` too."""
 ADAMW: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 1.5e-3}
-"""What the lines of the table and second stages are trained by."""
+"""What the lines of the table are trained by."""
+LATER: dict[str, Any] = ADAMW | NO_CERTAINTY | {"learning_rate": 5e-4}
+"""What goes on from the main draft is trained by."""
 PUBLISHED_RATE = 1e-3
 """Of speculators' recipe for Muon."""
 SPECULATORS_RATES = (3e-3, 6e-3, 1.2e-2)
@@ -58,7 +60,7 @@ OPTIMIZERS: list[tuple[Literal["adamw", "muon"], float, str, int, int | None]] =
     ("adamw", 6e-3, "target", 2048, None), ("muon", 2.4e-2, "target", 2048, 1), ("muon", 2.4e-2, "target", 2048, None),
     ("muon", 1.2e-2, "target", 2048, 1), ("muon", 6e-3, "random", 2048, 1), ("muon", 1.2e-2, "random", 2048, 1),
     ("muon", 6e-3, "random", 2048, 4), ("muon", 1.2e-2, "random", 2048, 4), ("muon", 6e-3, "random", 2048, None),
-    ("muon", 1.2e-2, "random", 2048, None),
+    ("muon", 1.2e-2, "random", 2048, None), ("muon", 2.4e-2, "random", 2048, 1),
 ]  # fmt: skip
 """With their highest rate, the weights to start from, anchors a step, and for how many times the steps of `equal`; None
 is the time of the main training. Measured on the test prompts, and on those by which a rate is chosen."""

@@ -42,7 +42,7 @@ from benchmarks.draft_cases import (
     speculators,
     trajectories,
 )
-from benchmarks.draft_lines import ABLATIONS, BY_DEFAULT, MAINS, OPTIMIZERS, SECOND, SEEDS, SPECULATORS_RATES
+from benchmarks.draft_lines import ABLATIONS, BY_DEFAULT, EQUAL, MAINS, OPTIMIZERS, SECOND, SEEDS, SPECULATORS_RATES
 from benchmarks.draft_scale import full_scale, tiny_scale
 from benchmarks.draft_store import Store
 
@@ -72,6 +72,7 @@ def cases() -> dict[str, Callable[[Benchmark], Outcome]]:
         "real": real_loop, "served": served,
         "speculators": speculators, "reference": reference, "equal": equal, "ngrams": ngrams,
     }  # fmt: skip
+    table |= {f"equal-{name}": partial(equal, name=name) for name in EQUAL}
     table |= {f"speculators-{rate:g}": partial(speculators, rate=rate) for rate in SPECULATORS_RATES}
     table["fresh"] = fresh
     table |= {f"confidence-{temperature:g}": partial(confidence, temperature=temperature) for temperature in (0.0, 1.0)}

@@ -35,14 +35,14 @@ def cases(tiny: bool) -> dict[str, tuple[str, DistillConfig]]:
     """Shape and training section of each comparison; `rows_per_step` counts the rows of all ranks."""
     if tiny:
         small = DistillConfig(
-            max_steps=100, loss="ce", optimizer="adamw", tokens_per_step=256, anchors_per_step=128, head_negatives=None,
-            precision="float32", rows_per_step=2,
+            max_steps=100, loss="ce", beta=0.0, optimizer="adamw", tokens_per_step=256, anchors_per_step=128,
+            head_negatives=None, precision="float32", rows_per_step=2,
         )  # fmt: skip
         by_muon = replace(small, optimizer="muon")
         return {"losses": ("tiny", small), "losses, muon": ("tiny", by_muon), "tiny, 2 rows": ("tiny", small)}
     plain = DistillConfig(
-        max_steps=100, loss="ce", optimizer="adamw", tokens_per_step=4096, anchors_per_step=512, head_negatives=None,
-        precision="float32", rows_per_step=2,
+        max_steps=100, loss="ce", beta=0.0, optimizer="adamw", tokens_per_step=4096, anchors_per_step=512,
+        head_negatives=None, precision="float32", rows_per_step=2,
     )  # fmt: skip
     recorded = replace(plain, use_gpu=True, cuda_graph=True)
     fast = replace(recorded, tokens_per_step=16384, anchors_per_step=2048, precision="bfloat16", compile=True)

@@ -3,8 +3,9 @@
     python -m benchmarks.draft_step --out benchmarks/results/draft_step.json
 
 Shapes of the drafts of Qwen3-8B and SmolLM2-135M-Instruct, random weights; trained as the papers do (cross-entropy by
-AdamW) and by the default recipe (KL to the target's distribution by Muon), whose floor has the target's logits and
-Muon's products in it. `--profile` prints the kernels that take most time; `--tiny` proves the script on a CPU.
+AdamW), by KL to the target's distribution and Muon, whose floor has the target's logits and Muon's products in it, and
+by the default recipe, which has a certainty term beside these. `--profile` prints the kernels that take most time;
+`--tiny` proves the script on a CPU.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ from unmask.training.flops import step_flops
 from unmask.training.head import TrainingHead
 from unmask.training.sequences import Batch, SequenceSet, TokenSequence
 
-RECIPES: dict[str, dict[str, Any]] = {"adamw-ce": {"loss": "ce", "optimizer": "adamw"}, "default": {}}
+RECIPES: dict[str, dict[str, Any]] = {
+    "adamw-ce": {"loss": "ce", "optimizer": "adamw", "beta": 0.0},
+    "muon-kl": {"beta": 0.0},
+    "default": {},
+}
 """What differs from the default configuration."""
 PEAK_FLOPS = 800e12
 """bfloat16 products measured on an H100."""

@@ -241,7 +241,7 @@ def test_beta_rises_when_the_schedule_says():
     config = DistillConfig(beta=2.0, certainty_start=0.3, certainty_ramp=0.2)
     weights = [certainty_weight(config, progress) for progress in (0.0, 0.29, 0.3, 0.4, 0.5, 1.0)]
     assert weights == pytest.approx([0, 0, 0, 1, 2, 2])
-    assert certainty_weight(DistillConfig(beta=2.0), 0.0) == 2.0
+    assert certainty_weight(DistillConfig(beta=2.0, certainty_start=0.0), 0.0) == 2.0
     last = DistillConfig(beta=2.0, certainty_start=0.6, certainty_ramp=0.4)
     assert certainty_weight(last, 1.0) == pytest.approx(2.0)
 

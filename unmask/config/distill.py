@@ -35,7 +35,7 @@ class DraftConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillConfig:
-    """Training of the draft. Defaults suit a few CPU minutes; loss and weighting are the best of
+    """Training of the draft. Defaults suit a few CPU minutes; loss, weighting and certainty term are the best of
     `benchmarks.draft_quality`, and `published()` is the paper's recipe."""
 
     max_steps: int | None = None
@@ -57,17 +57,18 @@ class DistillConfig:
     """How rows of a block are weighed: fixed decay, D-PACE, or up to the first wrong row."""
     decay_gamma: float | None = None
     """Position decay; None takes 7 / 5 / 4 for B = 16 / 10 / 8 and B / 2 otherwise."""
-    beta: float = 0.0
+    beta: float = 0.5
     """Weight of the certainty-forcing term; 0 switches it off."""
-    gate: Literal["right", "prefix_right", "target_relative"] = "right"
+    gate: Literal["right", "prefix_right", "target_relative"] = "prefix_right"
     """Rows that are forced: right ones, right ones behind right ones, or (`target_relative`) those whose argmax is that
     of the target's distribution, by the probability that a verification reaches them, and never below the target's own
     entropy."""
     gate_temperature: float = 1.0
     """Temperature at which the draft will be verified, for `target_relative`: a drafted token before the row is
     accepted with the target's probability of it, at 0 if it is the target's most likely one."""
-    certainty_start: float = 0.0
-    """Share of the budget before which beta is 0; it then rises linearly over `certainty_ramp`."""
+    certainty_start: float = 0.3
+    """Share of the budget before which beta is 0: a draft should not be sure of what it has not learned yet. It then
+    rises linearly over `certainty_ramp`."""
     certainty_ramp: float = 0.0
     """Share of the budget, after `certainty_start` and within it, over which beta rises."""
     entropy_temperature: float = 0.5
@@ -203,6 +204,7 @@ def published() -> DistillConfig:
         anchors_per_sequence=512,
         loss="ce",
         weighting="decay",
+        beta=0.0,
         optimizer="adamw",
         learning_rate=6e-4,
         schedule="cosine",
