@@ -17,8 +17,9 @@ def test_matrix_products_of_a_step_are_the_counted_ones() -> None:
     target, draft = tiny_pair()
     texts = [TokenSequence(tuple(range(3, 23)), 2) for _ in range(8)]
     config = DistillConfig(
-        max_steps=4, precision="float32", head_negatives=None, loss="ce", tokens_per_step=128, anchors_per_step=128
-    )
+        max_steps=4, precision="float32", head_negatives=None, loss="ce", beta=0.0, tokens_per_step=128,
+        anchors_per_step=128,
+    )  # fmt: skip
     features = FeatureCache(target, SequenceSet(texts, batch_size=1, seed=0, tokens_per_step=128), 10**8)
     features.warm_up()
     trainer = DraftTrainer(draft.train().requires_grad_(True), features, TrainingHead(target.lm_head, [], None), config)

@@ -232,8 +232,9 @@ def test_a_draft_learns_its_targets_text(trained_pair):
 
 
 def test_the_certainty_term_sharpens_what_is_right():
-    plain = trainer(dataclasses.replace(CONFIG, learning_rate=1e-2, beta=1e-6))
-    forced = trainer(dataclasses.replace(CONFIG, learning_rate=1e-2, beta=2.0))
+    config = dataclasses.replace(CONFIG, learning_rate=1e-2, gate="right", certainty_start=0.0)
+    plain = trainer(dataclasses.replace(config, beta=1e-6))
+    forced = trainer(dataclasses.replace(config, beta=2.0))
     for step in range(25):
         of_plain, of_forced = plain.step(step / 25), forced.step(step / 25)
     assert of_forced["entropy"] < of_plain["entropy"]

@@ -13,7 +13,7 @@ from unmask.models.dflash import DFlashConfig
 def step_flops(
     config: DFlashConfig, *, context_rows: int, blocks: int, attended_pairs: int, head_rows: int | None = None
 ) -> int:
-    """FLOPs of one step.
+    """FLOPs of one step without a certainty term, whose gradient takes another product of the LM head.
 
     Args:
         context_rows: feature rows.
