@@ -13,6 +13,7 @@ from benchmarks.draft_bench import FIRST, FRESH, Benchmark
 from benchmarks.draft_lines import (
     ABLATIONS,
     ADAMW,
+    FURTHER,
     LATER,
     MAINS,
     NO_CERTAINTY,
@@ -145,9 +146,9 @@ def confidence(bench: Benchmark, temperature: float) -> Outcome:
     return bench.measure(trainer.average, "ours", name, config, run, confidence=head), {"run": run}
 
 
-def speculators(bench: Benchmark, rate: float = PUBLISHED_RATE) -> Outcome:
-    """Speculators' DFlash on the same rows of tokens, anchors and number of steps as `equal`; on the prompts by which
-    recipes are chosen too."""
+def speculators(bench: Benchmark, rate: float = PUBLISHED_RATE, *, wide: bool = False) -> Outcome:
+    """Speculators' DFlash on the same rows of tokens, anchors and number of steps as `equal` or `equal-wide`; on the
+    prompts by which recipes are chosen too."""
     reason = unavailable()
     if reason is not None:
         bench.log(f"speculators: not run: {reason}")
@@ -155,11 +156,12 @@ def speculators(bench: Benchmark, rate: float = PUBLISHED_RATE) -> Outcome:
     # Theirs: Muon, linear decay after 1 % of warm-up, no average.
     config = replace(
         bench.scale.config, ema=0.0, optimizer="muon", learning_rate=rate, schedule="constant_then_linear",
-        warmup_fraction=0.01, decay_fraction=1.0,
+        warmup_fraction=0.01, decay_fraction=1.0, anchors_per_step=(1 + wide) * bench.scale.config.anchors_per_step,
     )  # fmt: skip
     theirs = SpeculatorsTrainer(bench.sizes, bench.features(), config)
     run = bench.run(theirs, steps=bench.scale.comparison_steps)
     recipe = "d_pace x ce, random start, Muon" + (f" at {rate:g}" if rate != PUBLISHED_RATE else "")
+    recipe += f", {config.anchors_per_step} anchors" if wide else ""
     return _on_all_sets(bench, theirs.draft(), recipe, config, run, "speculators"), {"run": run}
 
 
@@ -213,6 +215,29 @@ def ablation(bench: Benchmark, line: int, seed: int, optimizer: dict[str, Any] =
     return bench.measure(trainer.average, "ours", name, config, run, to_choose=True), {"run": run}
 
 
+def lasting(bench: Benchmark, line: int, seed: int) -> Outcome:
+    """A line of the table by the default optimiser for three times the steps of `equal`, on every other text of the
+    main training."""
+    name, change = ABLATIONS[line]
+    config = replace(bench.scale.config, seed=seed, **(PUBLISHED | change))
+    steps = 3 * bench.scale.comparison_steps
+    trainer = bench.trainer(config, bench.features(every=2), bench.new_draft(config.seed))
+    run = bench.run(trainer, steps=steps)
+    recipe = f"{name}, default optimiser, {steps} steps"
+    return _on_all_sets(bench, trainer.average, recipe, config, run), {"run": run}
+
+
+def further(bench: Benchmark, by: str) -> Outcome:
+    """By what a second stage is best trained: half of one, on text drawn anew."""
+    config = replace(bench.scale.config, **FURTHER[by])
+    draft = bench.store.draft("main").to(bench.scale.device)
+    drawn = bench.store.responses(FRESH)
+    features = bench.features_of(SECOND[1], lambda: _texts(bench, draft, drawn, rejected=False))
+    trainer = bench.trainer(config, features, draft)
+    run = bench.run(trainer, steps=bench.scale.second_steps // 2)
+    return _on_all_sets(bench, trainer.average, f"second stage by {by}", config, run), {"run": run}
+
+
 def second(bench: Benchmark, stage: int, seed: int) -> Outcome:
     """A second stage from the main draft."""
     config = replace(bench.scale.config, seed=seed, **LATER)
@@ -224,7 +249,7 @@ def second(bench: Benchmark, stage: int, seed: int) -> Outcome:
         features = bench.features(every=2)  # its steps visit no more
     trainer = bench.trainer(config, features, draft)
     run = bench.run(trainer, steps=bench.scale.second_steps)
-    return bench.measure(trainer.average, "ours", f"second stage: {SECOND[stage]}", config, run), {"run": run}
+    return _on_all_sets(bench, trainer.average, f"second stage: {SECOND[stage]}", config, run), {"run": run}
 
 
 def _texts(bench: Benchmark, draft: Any, responses: list[Response], *, rejected: bool) -> list[TokenSequence]:

@@ -41,14 +41,29 @@ EQUAL = ("no-certainty", "wide")
 """Of these, what is trained for the steps of `speculators` too."""
 ADAMW: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 1.5e-3}
 """What the lines of the table are trained by."""
-LATER: dict[str, Any] = ADAMW | NO_CERTAINTY | {"learning_rate": 5e-4}
-"""What goes on from the main draft is trained by."""
+_FROM_THE_START: dict[str, Any] = {"certainty_start": 0.0}
+FURTHER: dict[str, dict[str, Any]] = {
+    "adamw-0.0005-plain": ADAMW | NO_CERTAINTY | {"learning_rate": 5e-4},
+    "adamw-0.0005": ADAMW | _FROM_THE_START | {"learning_rate": 5e-4},
+    "adamw-0.0001": ADAMW | _FROM_THE_START | {"learning_rate": 1e-4},
+    "muon-0.004": {"optimizer": "muon", "learning_rate": 4e-3} | _FROM_THE_START,
+    "muon-0.0012": {"optimizer": "muon", "learning_rate": 1.2e-3} | _FROM_THE_START,
+    "muon-0.0012-plain": {"optimizer": "muon", "learning_rate": 1.2e-3} | NO_CERTAINTY,
+}
+"""By what the main draft may be trained further: optimiser, highest rate, with the default's certainty term from the
+first step on or (`plain`) without one."""
+LATER = FURTHER["adamw-0.0005-plain"]
+"""By what second stages and confidence heads are trained: of `FURTHER` the best on the prompts kept aside."""
 PUBLISHED_RATE = 1e-3
 """Of speculators' recipe for Muon."""
 SPECULATORS_RATES = (3e-3, 6e-3, 1.2e-2)
 """At which speculators' trainer is measured beside it."""
+SPECULATORS_WIDE = (PUBLISHED_RATE, 6e-3)
+"""At which it is measured with twice the anchors."""
 BY_DEFAULT = (13, 0, 14, 7, 2, 4, 16, 17)
 """Lines of the table that are trained by the default optimiser too."""
+LASTING = (13, 17)
+"""Of these, what is trained for longer: the default without its certainty term, and the default."""
 OPTIMIZERS: list[tuple[Literal["adamw", "muon"], float, str, int, int | None]] = [
     ("muon", 1.5e-3, "target", 2048, 1), ("muon", 3e-3, "target", 2048, 1), ("muon", 6e-3, "target", 2048, 1),
     ("muon", 3e-3, "random", 2048, 1), ("adamw", 1.5e-3, "target", 2048, 1), ("adamw", 3e-3, "target", 2048, 1),

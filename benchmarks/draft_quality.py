@@ -31,6 +31,8 @@ from benchmarks.draft_cases import (
     confidence,
     equal,
     fresh,
+    further,
+    lasting,
     main_training,
     more,
     ngrams,
@@ -42,7 +44,19 @@ from benchmarks.draft_cases import (
     speculators,
     trajectories,
 )
-from benchmarks.draft_lines import ABLATIONS, BY_DEFAULT, EQUAL, MAINS, OPTIMIZERS, SECOND, SEEDS, SPECULATORS_RATES
+from benchmarks.draft_lines import (
+    ABLATIONS,
+    BY_DEFAULT,
+    EQUAL,
+    FURTHER,
+    LASTING,
+    MAINS,
+    OPTIMIZERS,
+    SECOND,
+    SEEDS,
+    SPECULATORS_RATES,
+    SPECULATORS_WIDE,
+)
 from benchmarks.draft_scale import full_scale, tiny_scale
 from benchmarks.draft_store import Store
 
@@ -74,10 +88,14 @@ def cases() -> dict[str, Callable[[Benchmark], Outcome]]:
     }  # fmt: skip
     table |= {f"equal-{name}": partial(equal, name=name) for name in EQUAL}
     table |= {f"speculators-{rate:g}": partial(speculators, rate=rate) for rate in SPECULATORS_RATES}
+    table |= {f"speculators-wide-{rate:g}": partial(speculators, rate=rate, wide=True) for rate in SPECULATORS_WIDE}
+    table |= {f"lasting-{line:02d}-seed{seed}": partial(lasting, line=line, seed=seed)
+              for seed in SEEDS for line in LASTING}  # fmt: skip
     table["fresh"] = fresh
+    table |= {f"further-{by}": partial(further, by=by) for by in FURTHER}
     table |= {f"confidence-{temperature:g}": partial(confidence, temperature=temperature) for temperature in (0.0, 1.0)}
-    for seed in SEEDS:
-        for stage in range(len(SECOND)):
+    for stage in range(len(SECOND)):
+        for seed in SEEDS:
             table[f"second-{stage}-seed{seed}"] = partial(second, stage=stage, seed=seed)
     return table
 
@@ -89,7 +107,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--state", type=Path, required=True, help="folder that is kept from call to call")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/draft_quality.json"))
-    parser.add_argument("--cases", nargs="+", default=[""], metavar="PREFIX", help="cases whose names begin so")
+    parser.add_argument("--cases", nargs="+", default=[""], metavar="CASE", help="cases, or how their names begin")
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds of this call")
     parser.add_argument("--list", action="store_true", help="print the cases and which are done")
     parser.add_argument("--main-seconds", type=float, help="of the main training (default: 240)")
@@ -98,7 +116,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="train without torch.compile")
     args = parser.parse_args()
     store = Store(args.state, args.out)
-    chosen = [name for name in table if any(name.startswith(prefix) for prefix in args.cases)]
+    chosen = [name for name in table if any(name == c or (c not in table and name.startswith(c)) for c in args.cases)]
     pending = [name for name in chosen if store.done(name) is None]
     if args.list:
         print("\n".join(f"{name}{'' if name in pending else '  done'}" for name in chosen))

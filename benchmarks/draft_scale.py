@@ -46,7 +46,7 @@ def full_scale() -> Scale:
     return Scale(
         "cuda", DraftConfig(num_layers=5, block_size=8), config, rows=1024, prompt_columns=408, max_new_tokens=256,
         train_prompts=None, own_prompts=4096, more_prompts=12288, broad_repeats=6, eval_prompts=128, real_prompts=8,
-        main_seconds=240, comparison_steps=600, ablation_steps=300, second_steps=400,
+        main_seconds=240, comparison_steps=600, ablation_steps=300, second_steps=800,
     )  # fmt: skip
 
 
