@@ -46,7 +46,8 @@ class DraftJob(TrainingJob):
     @property
     def config(self) -> DistillConfig:
         """See TrainingJob."""
-        return self.recipe.distill
+        recipe = self.recipe
+        return recipe.distill.further() if recipe.draft.go_on_from else recipe.distill
 
     @property
     def directory(self) -> Path:

@@ -52,7 +52,7 @@ FURTHER: dict[str, dict[str, Any]] = {
 }
 """By what the main draft may be trained further: optimiser, highest rate, with the default's certainty term from the
 first step on or (`plain`) without one."""
-LATER = FURTHER["adamw-0.0005-plain"]
+LATER = FURTHER["adamw-0.0001"]
 """By what second stages and confidence heads are trained: of `FURTHER` the best on the prompts kept aside."""
 PUBLISHED_RATE = 1e-3
 """Of speculators' recipe for Muon."""

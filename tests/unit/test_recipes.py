@@ -66,6 +66,21 @@ def test_an_optimizer_has_a_rate_of_its_own(section, optimizer, rate):
     assert (config.chosen_optimizer, config.highest_rate) == (optimizer, rate)
 
 
+@pytest.mark.parametrize(
+    ("section", "optimizer", "rate", "start"),
+    [
+        ({}, "adamw", 1.5e-3, 0.3),
+        ({"use_gpu": True}, "adamw", 1e-4, 0.0),
+        ({"use_gpu": True, "certainty_start": 0.5}, "adamw", 1e-4, 0.5),
+        ({"use_gpu": True, "optimizer": "muon"}, "muon", 1.2e-2, 0.3),
+        ({"use_gpu": True, "optimizer": "adamw", "learning_rate": 2e-4}, "adamw", 2e-4, 0.3),
+    ],
+)
+def test_what_is_left_open_suits_a_draft_that_is_trained_already(section, optimizer, rate, start):
+    config = parse_recipe({"distill": section}).distill.further()
+    assert (config.chosen_optimizer, config.highest_rate, config.certainty_start) == (optimizer, rate, start)
+
+
 def test_unreadable_recipes(tmp_path):
     with pytest.raises(ConfigError, match=r"no recipe at"):
         load_recipe(tmp_path / "none.yaml")

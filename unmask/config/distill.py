@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from unmask.config.checks import require, require_labels, require_workers
 
 _RATES = {"adamw": 1.5e-3, "muon": 1.2e-2}
 _DECAYS = {"adamw": 0.01, "muon": 0.1}
+_CERTAINTY_START = 0.3
+_FURTHER_RATE = 1e-4
+"""Of AdamW, for a draft that is trained already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +28,8 @@ class DraftConfig:
     init: Literal["target", "random"] = "target"
     """`target` starts each block from a target block and `fc` from the last feature; `random` is N(0, 0.02)."""
     go_on_from: str | None = None
-    """A draft of this shape for this target whose weights training starts from, in place of `init`."""
+    """A draft of this shape for this target whose weights training starts from, in place of `init`
+    (`DistillConfig.further`)."""
 
     def __post_init__(self) -> None:
         require(self.num_layers >= 1, "draft.num_layers", "must be at least 1")
@@ -66,7 +70,7 @@ class DistillConfig:
     gate_temperature: float = 1.0
     """Temperature at which the draft will be verified, for `target_relative`: a drafted token before the row is
     accepted with the target's probability of it, at 0 if it is the target's most likely one."""
-    certainty_start: float = 0.3
+    certainty_start: float = _CERTAINTY_START
     """Share of the budget before which beta is 0: a draft should not be sure of what it has not learned yet. It then
     rises linearly over `certainty_ramp`."""
     certainty_ramp: float = 0.0
@@ -196,6 +200,18 @@ class DistillConfig:
     def highest_rate(self) -> float:
         """`learning_rate`, or what None stands for."""
         return self.learning_rate or _RATES[self.chosen_optimizer]
+
+    def further(self) -> DistillConfig:
+        """This section as it trains a draft that is trained already (`draft.go_on_from`).
+
+        On GPUs an optimiser that is left open is AdamW at 1e-4 then, and a certainty term that is left to come in later
+        is there from the first step: at a first stage's rate a draft loses more than new text gives it
+        (`benchmarks.draft_quality`, cases `further`). What is named is kept.
+        """
+        if not self.use_gpu or self.optimizer is not None:
+            return self
+        start = 0.0 if self.certainty_start == _CERTAINTY_START else self.certainty_start
+        return replace(self, optimizer="adamw", learning_rate=_FURTHER_RATE, certainty_start=start)
 
 
 def published() -> DistillConfig:
