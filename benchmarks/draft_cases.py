@@ -14,7 +14,6 @@ from benchmarks.draft_lines import (
     ABLATIONS,
     ADAMW,
     FURTHER,
-    LATER,
     MAINS,
     NO_CERTAINTY,
     OPTIMIZERS,
@@ -130,7 +129,7 @@ def served(bench: Benchmark) -> Outcome:
 def confidence(bench: Benchmark, temperature: float) -> Outcome:
     """A confidence head, trained beside the main draft on text of one temperature; how far off it is on text of other
     prompts."""
-    config = replace(bench.scale.config, **(LATER | {"confidence_weight": 1.0}))
+    config = replace(bench.scale.config.further(), confidence_weight=1.0)
     # Of the training responses the first to each prompt is greedy.
     first = {r.prompt: r for r in reversed(bench.store.responses(FIRST))}
     chosen = bench.store.responses(FRESH) if temperature else list(first.values())
@@ -240,7 +239,7 @@ def further(bench: Benchmark, by: str) -> Outcome:
 
 def second(bench: Benchmark, stage: int, seed: int) -> Outcome:
     """A second stage from the main draft."""
-    config = replace(bench.scale.config, seed=seed, **LATER)
+    config = replace(bench.scale.config.further(), seed=seed)
     draft = bench.store.draft("main").to(bench.scale.device)
     if stage > 0:
         drawn = bench.store.responses(FRESH)

@@ -51,9 +51,8 @@ FURTHER: dict[str, dict[str, Any]] = {
     "muon-0.0012-plain": {"optimizer": "muon", "learning_rate": 1.2e-3} | NO_CERTAINTY,
 }
 """By what the main draft may be trained further: optimiser, highest rate, with the default's certainty term from the
-first step on or (`plain`) without one."""
-LATER = FURTHER["adamw-0.0001"]
-"""By what second stages and confidence heads are trained: of `FURTHER` the best on the prompts kept aside."""
+first step on or (`plain`) without one. The best on the prompts kept aside, AdamW at 1e-4, is what
+`DistillConfig.further` gives; second stages and confidence heads are trained by that."""
 PUBLISHED_RATE = 1e-3
 """Of speculators' recipe for Muon."""
 SPECULATORS_RATES = (3e-3, 6e-3, 1.2e-2)
