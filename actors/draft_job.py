@@ -46,8 +46,7 @@ class DraftJob(TrainingJob):
     @property
     def config(self) -> DistillConfig:
         """See TrainingJob."""
-        recipe = self.recipe
-        return recipe.distill.further() if recipe.draft.go_on_from else recipe.distill
+        return self.recipe.distill
 
     @property
     def directory(self) -> Path:

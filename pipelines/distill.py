@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,9 @@ def distill(recipe: Recipe, run_dir: Path, *, fresh: bool = False) -> TrainingRe
     run_dir = run_dir.absolute()
     if recipe.student is None:
         job, folder, sections = _draft_job, "draft", ("target", "draft", "distill")
+        if recipe.draft.go_on_from:
+            # What the recipe leaves open is recorded as it is trained.
+            recipe = replace(recipe, distill=recipe.distill.further())
     else:
         job, folder, sections = _student_job, "student", ("target", "student")
     return train(recipe, "distill", run_dir / folder, sections, functools.partial(job, recipe, run_dir), fresh=fresh)
