@@ -229,17 +229,17 @@ def lasting(bench: Benchmark, line: int, seed: int) -> Outcome:
 def further(bench: Benchmark, by: str) -> Outcome:
     """By what a second stage is best trained: half of one, on text drawn anew."""
     config = replace(bench.scale.config, **FURTHER[by])
-    draft = bench.store.draft("main").to(bench.scale.device)
-    drawn = bench.store.responses(FRESH)
-    features = bench.features_of(SECOND[1], lambda: _texts(bench, draft, drawn, rejected=False))
-    trainer = bench.trainer(config, features, draft)
-    run = bench.run(trainer, steps=bench.scale.second_steps // 2)
-    return _on_all_sets(bench, trainer.average, f"second stage by {by}", config, run), {"run": run}
+    return _from_main(bench, f"second stage by {by}", config, 1, bench.scale.second_steps // 2)
 
 
 def second(bench: Benchmark, stage: int, seed: int) -> Outcome:
     """A second stage from the main draft."""
     config = replace(bench.scale.config.further(), seed=seed)
+    return _from_main(bench, f"second stage: {SECOND[stage]}", config, stage, bench.scale.second_steps)
+
+
+def _from_main(bench: Benchmark, recipe: str, config: DistillConfig, stage: int, steps: int) -> Outcome:
+    """The main draft, trained on what a stage of `SECOND` sees."""
     draft = bench.store.draft("main").to(bench.scale.device)
     if stage > 0:
         drawn = bench.store.responses(FRESH)
@@ -247,8 +247,8 @@ def second(bench: Benchmark, stage: int, seed: int) -> Outcome:
     else:
         features = bench.features(every=2)  # its steps visit no more
     trainer = bench.trainer(config, features, draft)
-    run = bench.run(trainer, steps=bench.scale.second_steps)
-    return _on_all_sets(bench, trainer.average, f"second stage: {SECOND[stage]}", config, run), {"run": run}
+    run = bench.run(trainer, steps=steps)
+    return _on_all_sets(bench, trainer.average, recipe, config, run), {"run": run}
 
 
 def _texts(bench: Benchmark, draft: Any, responses: list[Response], *, rejected: bool) -> list[TokenSequence]:

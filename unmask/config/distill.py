@@ -204,9 +204,9 @@ class DistillConfig:
     def further(self) -> DistillConfig:
         """This section as it trains a draft that is trained already (`draft.go_on_from`).
 
-        On GPUs an optimiser that is left open is AdamW at 1e-4 then, and a certainty term that is left to come in later
-        is there from the first step: at a first stage's rate a draft loses more than new text gives it
-        (`benchmarks.draft_quality`, cases `further`). What is named is kept.
+        On GPUs an optimiser that is left open is AdamW at 1e-4 then, and a certainty term that comes in when it does by
+        default is there from the first step: at a third of a first stage's rate a draft already loses more than new
+        text gives it (`benchmarks.draft_quality`, cases `further`). Another `optimizer` or `certainty_start` is kept.
         """
         if not self.use_gpu or self.optimizer is not None:
             return self
