@@ -16,6 +16,7 @@ from benchmarks.draft_lines import (
     FURTHER,
     MAINS,
     NO_CERTAINTY,
+    OBJECTIVES,
     OPTIMIZERS,
     PUBLISHED,
     PUBLISHED_RATE,
@@ -224,6 +225,15 @@ def lasting(bench: Benchmark, line: int, seed: int) -> Outcome:
     run = bench.run(trainer, steps=steps)
     recipe = f"{name}, default optimiser, {steps} steps"
     return _on_all_sets(bench, trainer.average, recipe, config, run), {"run": run}
+
+
+def objective(bench: Benchmark, name: str, times: int) -> Outcome:
+    """Another objective by the default optimiser, for a multiple of the steps of `equal`, on the texts of `lasting`."""
+    config = replace(bench.scale.config, **OBJECTIVES[name])
+    steps = times * bench.scale.comparison_steps
+    trainer = bench.trainer(config, bench.features(every=2), bench.new_draft(config.seed))
+    run = bench.run(trainer, steps=steps)
+    return _on_all_sets(bench, trainer.average, f"objective {name}, {steps} steps", config, run), {"run": run}
 
 
 def further(bench: Benchmark, by: str) -> Outcome:

@@ -29,9 +29,13 @@ ABLATIONS: list[tuple[str, dict[str, Any]]] = [
      {"weighting": "first_miss", "loss": "kl", "beta": 0.5, "gate": "target_relative", "certainty_start": 0.3}),
     ("first_miss x kl, beta .5 prefix_right T .5 late",
      {"weighting": "first_miss", "loss": "kl", "beta": 0.5, "gate": "prefix_right", "certainty_start": 0.3}),
+    ("first_miss x kl with the target at T .5", {"weighting": "first_miss", "loss": "kl", "target_temperature": 0.5}),
+    ("d_pace x kl", {"weighting": "d_pace", "loss": "kl"}),
 ]  # fmt: skip
 """The table, most telling lines first; equal tokens."""
-PUBLISHED: dict[str, Any] = {"weighting": "decay", "loss": "ce", "beta": 0.0, "certainty_start": 0.0}
+PUBLISHED: dict[str, Any] = {
+    "weighting": "decay", "loss": "ce", "target_temperature": 1.0, "beta": 0.0, "certainty_start": 0.0
+}  # fmt: skip
 """What the lines of the table change."""
 NO_CERTAINTY: dict[str, Any] = {"beta": 0.0}
 """Of what was chosen before the certainty term was: optimisers and their rates."""
@@ -63,6 +67,18 @@ BY_DEFAULT = (13, 0, 14, 7, 2, 4, 16, 17)
 """Lines of the table that are trained by the default optimiser too."""
 LASTING = (13, 17)
 """Of these, what is trained for longer: the default without its certainty term, and the default."""
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "cold-0.7": {"target_temperature": 0.7},
+    "cold-0.5": {"target_temperature": 0.5},
+    "cold-0.3": {"target_temperature": 0.3},
+    "cold-0.05": {"target_temperature": 0.05},
+    "d_pace": {"weighting": "d_pace"},
+    "d_pace-cold-0.05": {"weighting": "d_pace", "target_temperature": 0.05},
+    "plain-cold-0.5": {"target_temperature": 0.5, "beta": 0.0},
+}
+"""How the objective may depart from the default, by the default optimiser: a colder target (0.05 is cross-entropy with
+its argmax), other weights, no certainty term."""
 OPTIMIZERS: list[tuple[Literal["adamw", "muon"], float, str, int, int | None]] = [
     ("muon", 1.5e-3, "target", 2048, 1), ("muon", 3e-3, "target", 2048, 1), ("muon", 6e-3, "target", 2048, 1),
     ("muon", 3e-3, "random", 2048, 1), ("adamw", 1.5e-3, "target", 2048, 1), ("adamw", 3e-3, "target", 2048, 1),

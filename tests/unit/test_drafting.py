@@ -88,9 +88,9 @@ def entropy(z, temperature):
     return float(-(p * p.log()).sum())
 
 
-def reference_row(z, label, t, loss):
+def reference_row(z, label, t, loss, target_temperature):
     """The definitions, one row at a time in float64."""
-    q, p = z.double().softmax(0), t.double().softmax(0)
+    q, p = z.double().softmax(0), (t.double() / target_temperature).softmax(0)
     overlap = float(torch.minimum(p, q).sum())
     kl = float((p * (p / q).log()).sum())
     share = math.exp(-3 * overlap)
@@ -137,12 +137,16 @@ def reference_gate(kind, k, z_KV, t_KV, labels_K, valid_K, temperature):
     gate=st.sampled_from(["right", "prefix_right", "target_relative"]),
     beta=st.sampled_from([0.0, 0.5, 2.0]),
     verified_at=st.sampled_from([0.0, 0.7, 1.0]),
+    compared_at=st.sampled_from([0.3, 1.0]),
 )
-def test_every_objective_matches_its_definition_and_splits_over_ranks(seed, loss, weighting, gate, beta, verified_at):
+def test_every_objective_matches_its_definition_and_splits_over_ranks(
+    seed, loss, weighting, gate, beta, verified_at, compared_at
+):
     logits, labels, target, valid = random_rows(seed)
     objective = RowObjective(
-        loss, entropy=True, temperature=0.5, relative=gate == "target_relative", verified_at=verified_at
-    )
+        loss, entropy=True, temperature=0.5, relative=gate == "target_relative", verified_at=verified_at,
+        target_temperature=compared_at,
+    )  # fmt: skip
     rows = row_losses(logits.flatten(0, 1), labels.flatten(), target.flatten(0, 1), objective).view(*labels.shape)
     decay = decay_weights(4)
 
@@ -157,7 +161,7 @@ def test_every_objective_matches_its_definition_and_splits_over_ranks(seed, loss
     for block, k in itertools.product(range(6), range(3)):
         z, t = logits[block, k], target[block, k]
         weight = reference_weight(weighting, block, k, right, confidence, valid.tolist(), decay.tolist())
-        row_sum += weight * reference_row(z, int(labels[block, k]), t, loss)
+        row_sum += weight * reference_row(z, int(labels[block, k]), t, loss, compared_at)
         weight_sum += weight
         term = entropy(z, 0.5) - (entropy(t, 0.5) if gate == "target_relative" else 0.0)
         of_gate = reference_gate(gate, k, logits[block], target[block], labels[block], valid[block], verified_at)
@@ -180,15 +184,20 @@ def test_every_objective_matches_its_definition_and_splits_over_ranks(seed, loss
     relative=st.booleans(),
     known=st.booleans(),
     verified_at=st.sampled_from([0.0, 0.7, 1.0]),
+    compared_at=st.sampled_from([0.3, 1.0]),
     chunk=st.sampled_from([1, 40, 100, 10**6]),
 )
-def test_chunks_give_the_terms_and_gradients_of_all_logits_at_once(seed, loss, relative, known, verified_at, chunk):
+def test_chunks_give_the_terms_and_gradients_of_all_logits_at_once(
+    seed, loss, relative, known, verified_at, compared_at, chunk
+):
     generator = torch.Generator().manual_seed(seed)
     hidden, target = torch.randn(2, 9, 6, generator=generator, dtype=torch.float64).unbind()
     head = torch.randn(13, 6, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, 13, (9,), generator=generator)
     upstream = torch.rand(2, 9, generator=generator)
-    objective = RowObjective(loss, entropy=True, temperature=0.5, relative=relative, verified_at=verified_at)
+    objective = RowObjective(
+        loss, entropy=True, temperature=0.5, relative=relative, verified_at=verified_at, target_temperature=compared_at
+    )
     if not (known or objective.needs_target):
         target = None
     results = []
@@ -217,6 +226,13 @@ def test_the_relative_gate_asks_the_targets_distribution_and_not_the_text():
     # Reach ends where a drafted token that the target does not have is verified at 0.
     behind = row_losses(logits.roll(1, 0), text, p.roll(1, 0).log(), objective).view(1, 4)
     assert certainty_gates("target_relative", behind, valid)[0].tolist() == [0, 0, 0, 0]
+
+
+def test_a_cold_targets_divergence_is_cross_entropy_with_its_likeliest_token():
+    logits, labels, target, _ = (part.flatten(0, 1) for part in random_rows(0))
+    cold = row_losses(logits, labels, target, RowObjective("kl", target_temperature=1e-3))
+    hard = row_losses(logits, target.argmax(-1), None, RowObjective("ce"))
+    torch.testing.assert_close(cold.loss, hard.loss)
 
 
 def test_without_the_targets_logits_its_token_is_all_of_its_distribution():

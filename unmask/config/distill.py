@@ -57,6 +57,9 @@ class DistillConfig:
     """Anchors of a packed row."""
     loss: Literal["ce", "kl", "tv", "lk_hybrid"] = "kl"
     """Of a row: cross-entropy with the target's token, or a distance to its distribution."""
+    target_temperature: float = 1.0
+    """Of the target's distribution that `loss` compares with: the lower, the more its most likely token is all that
+    counts."""
     weighting: Literal["decay", "d_pace", "first_miss"] = "first_miss"
     """How rows of a block are weighed: fixed decay, D-PACE, or up to the first wrong row."""
     decay_gamma: float | None = None
@@ -165,13 +168,18 @@ class DistillConfig:
         for name in ("beta", "gate_temperature", "feature_cache_gb", "max_failures", "confidence_weight"):
             require(getattr(self, name) >= 0, f"distill.{name}", "must not be negative")
         require(self.weight_decay is None or self.weight_decay >= 0, "distill.weight_decay", "must not be negative")
-        for name in ("entropy_temperature", "grad_clip", "checkpoint_every_s", "cpus_per_worker"):
+        for name in ("entropy_temperature", "target_temperature", "grad_clip", "checkpoint_every_s", "cpus_per_worker"):
             require(getattr(self, name) > 0, f"distill.{name}", "must be positive")
         require(self.learning_rate is None or self.learning_rate > 0, "distill.learning_rate", "must be positive")
         require(
             self.learning_rate is None or self.optimizer is not None or not self.use_gpu,
             "distill.optimizer",
             "name it beside learning_rate: on GPUs it is muon otherwise, whose rate is eight times adamw's",
+        )
+        require(
+            self.loss != "ce" or self.target_temperature == 1,
+            "distill.target_temperature",
+            "must be 1 with loss: ce, which compares with the text's token alone; take kl, tv or lk_hybrid",
         )
         require_labels(self.labels, "distill.labels")
         require(0 <= self.ema < 1, "distill.ema", "must be in [0, 1)")

@@ -31,6 +31,8 @@ class RowObjective:
     """The certainty term is [H_T(q) - H_T(p)]_+ in place of H_T(q), and rows are compared with p (`Rows.agrees`)."""
     verified_at: float = 1.0
     """Temperature at which drafted tokens are verified, for `Rows.acceptance`."""
+    target_temperature: float = 1.0
+    """Of the p that KL, TV and LK-hybrid compare q with; towards 0 KL is cross-entropy with p's likeliest token."""
 
     @property
     def needs_target(self) -> bool:
@@ -80,7 +82,7 @@ def row_losses(logits_NV: Tensor, labels_N: Tensor, target_NV: Tensor | None, ob
     label_log_q = log_q.gather(-1, labels_N[:, None])[:, 0]
     loss = -label_log_q
     if objective.loss != "ce":
-        log_p = _known(target_NV).float().log_softmax(-1)
+        log_p = _log_softmax(_known(target_NV), objective.target_temperature)
         overlap = torch.minimum(log_q.exp(), log_p.exp()).sum(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         weight = _kl_share(objective.loss, overlap.detach())
@@ -113,7 +115,7 @@ def row_gradients(
     label_log_q = log_q.gather(-1, labels_N[:, None])[:, 0]
     loss, gradient = -label_log_q, q - is_label.float()
     if objective.loss != "ce":
-        log_p = _known(target_NV).float().log_softmax(-1)
+        log_p = _log_softmax(_known(target_NV), objective.target_temperature)
         p = log_p.exp()
         overlap = torch.minimum(q, p).sum(-1)
         kl = (p * (log_p - log_q)).sum(-1)
@@ -156,9 +158,14 @@ def _judged(
     agrees = drafted_N == target_NV.argmax(-1)
     if objective.verified_at == 0:
         return agrees, agrees.float()
-    target = target_NV.float()
-    log_p = (target if objective.verified_at == 1 else target / objective.verified_at).log_softmax(-1)
+    log_p = _log_softmax(target_NV, objective.verified_at)
     return agrees, log_p.gather(-1, drafted_N[:, None])[:, 0].exp()
+
+
+def _log_softmax(logits_NV: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities in float32."""
+    logits = logits_NV.float()
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
 
 
 def _kl_share(loss: LossName, overlap_N: Tensor) -> Tensor:

@@ -261,6 +261,7 @@ def row_objective(config: DistillConfig) -> RowObjective:
         temperature=config.entropy_temperature,
         relative=config.gate == "target_relative",
         verified_at=config.gate_temperature,
+        target_temperature=config.target_temperature,
     )
 
 
