@@ -77,7 +77,7 @@ def main_training(bench: Benchmark, name: str = "main") -> Outcome:
 
 def _config_of(bench: Benchmark, name: str) -> DistillConfig:
     config = replace(bench.scale.config, **MAINS[name])
-    return replace(config, anchors_per_step=2 * config.anchors_per_step) if name == "wide" else config
+    return replace(config, anchors_per_step=2 * config.anchors_per_step) if name.startswith("wide") else config
 
 
 def _recipe(name: str, config: DistillConfig) -> str:

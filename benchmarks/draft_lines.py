@@ -39,9 +39,12 @@ PUBLISHED: dict[str, Any] = {
 """What the lines of the table change."""
 NO_CERTAINTY: dict[str, Any] = {"beta": 0.0}
 """Of what was chosen before the certainty term was: optimisers and their rates."""
-MAINS: dict[str, dict[str, Any]] = {"main": {}, "no-certainty": NO_CERTAINTY, "published": PUBLISHED, "wide": {}}
+MAINS: dict[str, dict[str, Any]] = {
+    "main": {}, "no-certainty": NO_CERTAINTY, "published": PUBLISHED, "wide": {}, "d_pace": {"weighting": "d_pace"},
+    "wide-d_pace": {"weighting": "d_pace"},
+}  # fmt: skip
 """What is trained for the whole time, and how it departs from the default; `wide` has twice the anchors."""
-EQUAL = ("no-certainty", "wide")
+EQUAL = ("no-certainty", "wide", "d_pace", "wide-d_pace")
 """Of these, what is trained for the steps of `speculators` too."""
 ADAMW: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 1.5e-3}
 """What the lines of the table are trained by."""
