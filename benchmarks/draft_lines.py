@@ -78,6 +78,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "cold-0.05": {"target_temperature": 0.05},
     "d_pace": {"weighting": "d_pace"},
     "d_pace-cold-0.05": {"weighting": "d_pace", "target_temperature": 0.05},
+    "d_pace-0.25": {"weighting": "d_pace", "pace_smoothing": 0.25},
+    "d_pace_first_miss": {"weighting": "d_pace_first_miss"},
     "plain-cold-0.5": {"target_temperature": 0.5, "beta": 0.0},
 }
 """How the objective may depart from the default, by the default optimiser: a colder target (0.05 is cross-entropy with

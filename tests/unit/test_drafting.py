@@ -102,14 +102,16 @@ def reference_row(z, label, t, loss, target_temperature):
     }[loss]
 
 
-def reference_weight(kind, block, k, right, confidence, valid, decay):
+def reference_weight(kind, block, k, right, confidence, valid, decay, smoothing):
     if not valid[block][k]:
         return 0.0
     if kind == "decay":
         return decay[k]
     if kind == "first_miss":
         return float(all(right[block][j] for j in range(k)))
-    smooth = [0.5 * c + 0.5 for c in confidence[block]]
+    smooth = [(1 - smoothing) * c + smoothing for c in confidence[block]]
+    if kind == "d_pace_first_miss":
+        smooth[:k] = [float(r) for r in right[block][:k]]
     return sum(math.prod(smooth[: end + 1]) for end in range(k, len(smooth)) if valid[block][end])
 
 
@@ -133,14 +135,15 @@ def reference_gate(kind, k, z_KV, t_KV, labels_K, valid_K, temperature):
 @given(
     seed=st.integers(0, 200),
     loss=st.sampled_from(["ce", "kl", "tv", "lk_hybrid"]),
-    weighting=st.sampled_from(["decay", "d_pace", "first_miss"]),
+    weighting=st.sampled_from(["decay", "d_pace", "first_miss", "d_pace_first_miss"]),
+    smoothing=st.sampled_from([0.0, 0.5, 0.8]),
     gate=st.sampled_from(["right", "prefix_right", "target_relative"]),
     beta=st.sampled_from([0.0, 0.5, 2.0]),
     verified_at=st.sampled_from([0.0, 0.7, 1.0]),
     compared_at=st.sampled_from([0.3, 1.0]),
 )
 def test_every_objective_matches_its_definition_and_splits_over_ranks(
-    seed, loss, weighting, gate, beta, verified_at, compared_at
+    seed, loss, weighting, smoothing, gate, beta, verified_at, compared_at
 ):
     logits, labels, target, valid = random_rows(seed)
     objective = RowObjective(
@@ -152,7 +155,7 @@ def test_every_objective_matches_its_definition_and_splits_over_ranks(
 
     def sums(part):
         chosen = Rows(*(figures[part] for figures in rows.parts()))
-        weights = position_weights(weighting, chosen, valid[part], decay)
+        weights = position_weights(weighting, chosen, valid[part], decay, smoothing)
         return drafting_loss(chosen, valid[part], weights, certainty_gates(gate, chosen, valid[part]))
 
     right = (logits.argmax(-1) == labels).tolist()
@@ -160,7 +163,7 @@ def test_every_objective_matches_its_definition_and_splits_over_ranks(
     row_sum = weight_sum = entropy_sum = gate_sum = 0.0
     for block, k in itertools.product(range(6), range(3)):
         z, t = logits[block, k], target[block, k]
-        weight = reference_weight(weighting, block, k, right, confidence, valid.tolist(), decay.tolist())
+        weight = reference_weight(weighting, block, k, right, confidence, valid.tolist(), decay.tolist(), smoothing)
         row_sum += weight * reference_row(z, int(labels[block, k]), t, loss, compared_at)
         weight_sum += weight
         term = entropy(z, 0.5) - (entropy(t, 0.5) if gate == "target_relative" else 0.0)

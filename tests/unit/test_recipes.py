@@ -40,6 +40,7 @@ def test_recipe_is_valid_and_comes_back_from_its_own_tree(path):
         (["distill.confidence_weight=1"], "distill.head_negatives: must be null with a confidence head"),
         (["distill.use_gpu=true", "distill.learning_rate=1e-3"], "distill.optimizer: name it beside learning_rate"),
         (["distill.learning_rate=0"], "distill.learning_rate: must be positive"),
+        (["distill.pace_smoothing=1.5"], "distill.pace_smoothing: must be in [0, 1]"),
         (["distill.target_temperature=0"], "distill.target_temperature: must be positive"),
         (["distill.loss=ce", "distill.target_temperature=0.5"], "distill.target_temperature: must be 1 with loss: ce"),
         (["distill"], "must look like section.field=value"),

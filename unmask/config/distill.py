@@ -60,8 +60,10 @@ class DistillConfig:
     target_temperature: float = 1.0
     """Of the target's distribution that `loss` compares with: the lower, the more its most likely token is all that
     counts."""
-    weighting: Literal["decay", "d_pace", "first_miss"] = "first_miss"
-    """How rows of a block are weighed: fixed decay, D-PACE, or up to the first wrong row."""
+    weighting: Literal["decay", "d_pace", "first_miss", "d_pace_first_miss"] = "first_miss"
+    """How rows of a block are weighed: fixed decay, D-PACE, up to the first wrong row, or D-PACE up to that row."""
+    pace_smoothing: float = 0.5
+    """How far D-PACE takes the draft's confidences towards 1: at 1 a row weighs as many tokens as it can begin."""
     decay_gamma: float | None = None
     """Position decay; None takes 7 / 5 / 4 for B = 16 / 10 / 8 and B / 2 otherwise."""
     beta: float = 0.5
@@ -182,6 +184,7 @@ class DistillConfig:
             "must be 1 with loss: ce, which compares with the text's token alone; take kl, tv or lk_hybrid",
         )
         require_labels(self.labels, "distill.labels")
+        require(0 <= self.pace_smoothing <= 1, "distill.pace_smoothing", "must be in [0, 1]")
         require(0 <= self.ema < 1, "distill.ema", "must be in [0, 1)")
         require(0 <= self.warmup_fraction < 1, "distill.warmup_fraction", "must be in [0, 1)")
         require(0 <= self.decay_fraction <= 1, "distill.decay_fraction", "must be in [0, 1]")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unmask.objectives.row_losses import Rows
 
-Weighting = Literal["decay", "d_pace", "first_miss"]
+Weighting = Literal["decay", "d_pace", "first_miss", "d_pace_first_miss"]
 Gate = Literal["right", "prefix_right", "target_relative"]
 
 GAMMA = {16: 7.0, 10: 5.0, 8: 4.0}
@@ -84,16 +84,31 @@ def decay_weights(block_size: int, gamma: float | None = None, device: torch.dev
 def position_weights(kind: Weighting, rows: Rows, valid_NK: Tensor, decay_K: Tensor, smoothing: float = 0.5) -> Tensor:
     """w_k of every row (float32 [N, K], no gradient, 0 where invalid).
 
-    `decay` is the paper's fixed decay. `d_pace` weighs a row by the expected accepted suffix that begins at it, with
-    confidences smoothed towards 1 (D-PACE, arXiv 2605.18810). `first_miss` trains up to the first wrong row and
-    nothing behind it (Spec-AUF, arXiv 2607.01893).
+    `decay` is the paper's fixed decay. `first_miss` trains up to the first wrong row and nothing behind it (Spec-AUF,
+    arXiv 2607.01893). `d_pace` weighs a row by the accepted suffix that is expected to begin at it, sum_{m >= k}
+    prod_{j <= m} c_j with the confidences c in the text's tokens smoothed towards 1 (D-PACE, arXiv 2605.18810).
+    `d_pace_first_miss` is both: a row behind a wrong one weighs nothing, and one behind right ones, whose confidences
+    are then 1, the suffix that it begins.
+
+    Args:
+        valid_NK: bool; in a block nothing valid follows an invalid row.
+        smoothing: of the confidences, c = (1 - smoothing) q + smoothing.
     """
     if kind == "decay":
         return decay_K * valid_NK
+    right_NK = rows.right.float()
     if kind == "first_miss":
-        return _before(rows.right.float()) * valid_NK
-    smooth = torch.where(valid_NK, (1 - smoothing) * rows.confidence.detach() + smoothing, 1.0)
-    return (smooth.cumprod(-1) * valid_NK).flip(-1).cumsum(-1).flip(-1) * valid_NK
+        return _before(right_NK) * valid_NK
+    smooth_NK = (1 - smoothing) * rows.confidence.detach() + smoothing
+    return _before(smooth_NK if kind == "d_pace" else right_NK) * _suffixes(smooth_NK * valid_NK)
+
+
+def _suffixes(chances_NK: Tensor) -> Tensor:
+    """Expected number of accepted rows from each row on, if all before it are: s_k = c_k (1 + s_{k + 1})."""
+    expected = [torch.zeros_like(chances_NK[..., 0])]
+    for chance_N in reversed(chances_NK.unbind(-1)):
+        expected.append(chance_N * (1 + expected[-1]))
+    return torch.stack(expected[:0:-1], dim=-1)
 
 
 def certainty_gates(kind: Gate, rows: Rows, valid_NK: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ class DraftTrainer:
             self.objective,
             compiled=config.compile,
         ).view(*labels.shape)
-        weights = position_weights(config.weighting, rows, valid, self.decay)
+        weights = position_weights(config.weighting, rows, valid, self.decay, config.pace_smoothing)
         sums = drafting_loss(rows, valid, weights, certainty_gates(config.gate, rows, valid))
         totals = self.reduce(sums.totals())
         # Gradients are averaged over ranks; the denominators are already global.
