@@ -227,9 +227,9 @@ def lasting(bench: Benchmark, line: int, seed: int) -> Outcome:
     return _on_all_sets(bench, trainer.average, recipe, config, run), {"run": run}
 
 
-def objective(bench: Benchmark, name: str, times: int) -> Outcome:
-    """Another objective by the default optimiser, for a multiple of the steps of `equal`, on the texts of `lasting`."""
-    config = replace(bench.scale.config, **OBJECTIVES[name])
+def objective(bench: Benchmark, name: str, times: int, seed: int) -> Outcome:
+    """An objective by the default optimiser, for a multiple of the steps of `equal`, on the texts of `lasting`."""
+    config = replace(bench.scale.config, seed=seed, **OBJECTIVES[name])
     steps = times * bench.scale.comparison_steps
     trainer = bench.trainer(config, bench.features(every=2), bench.new_draft(config.seed))
     run = bench.run(trainer, steps=steps)

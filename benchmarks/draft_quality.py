@@ -93,8 +93,8 @@ def cases() -> dict[str, Callable[[Benchmark], Outcome]]:
     table |= {f"speculators-wide-{rate:g}": partial(speculators, rate=rate, wide=True) for rate in SPECULATORS_WIDE}
     table |= {f"lasting-{line:02d}-seed{seed}": partial(lasting, line=line, seed=seed)
               for seed in SEEDS for line in LASTING}  # fmt: skip
-    table |= {f"objective-{name}-x{times}": partial(objective, name=name, times=times)
-              for times in (1, 3) for name in OBJECTIVES}  # fmt: skip
+    table |= {f"objective-{name}-x{times}-seed{seed}": partial(objective, name=name, times=times, seed=seed)
+              for times in (1, 3) for seed in SEEDS for name in OBJECTIVES}  # fmt: skip
     table["fresh"] = fresh
     table |= {f"further-{by}": partial(further, by=by) for by in FURTHER}
     table |= {f"confidence-{temperature:g}": partial(confidence, temperature=temperature) for temperature in (0.0, 1.0)}
