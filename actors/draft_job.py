@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from actors.learner import Place, TrainingJob
 from unmask.capture import is_captured
@@ -18,13 +19,15 @@ from unmask.models.dflash import DFlashConfig, DFlashDraft
 from unmask.models.draft_start import new_draft
 from unmask.models.target import TargetModel
 from unmask.objectives.confidence import ConfidenceHead
-from unmask.recipe import parse_recipe
+from unmask.provenance import RUN_YAML
+from unmask.recipe import completed, parse_recipe
 from unmask.training.draft_trainer import DraftTrainer, row_objective
 from unmask.training.drafting_forward import DraftingForward
 from unmask.training.feature_cache import FeatureCache
 from unmask.training.head import TrainingHead
 from unmask.training.sequences import SequenceSet
 from unmask.training.texts import read_trajectory_texts
+from unmask.trajectories import trajectories_directory
 from unmask.types import TargetRecord
 
 
@@ -71,9 +74,7 @@ class DraftJob(TrainingJob):
         occurring = {token for s in everything for token in s.ids[s.prompt_length :]}
         confidence = self._first_confidence() if config.confidence_weight else None
         if confidence is not None:
-            # Requests that were captured may have been of any temperature.
-            drawn_here = not is_captured(Path(self.run_dir))
-            confidence.temperature = recipe.generate.temperature if drawn_here else None
+            confidence.temperature = _drawn_at(Path(self.run_dir))
             confidence.to(place.device)
         # The hooks of a wrapper are no part of a graph.
         spread = place.alike if config.cuda_graph else place.parallel
@@ -115,5 +116,13 @@ class DraftJob(TrainingJob):
 
     def save(self, trainer: DraftTrainer, path: Path, records: dict[str, str]) -> None:
         """See TrainingJob."""
-        published = trainer.average if self.config.ema else trainer.draft
-        save_draft(published, path, self.target_record, texts=records, confidence=trainer.confidence)
+        save_draft(trainer.average, path, self.target_record, texts=records, confidence=trainer.average_confidence)
+
+
+def _drawn_at(run_dir: Path) -> float | None:
+    """Temperature at which a run's trajectories were drawn; None where that is not known: captured requests may have
+    been of any."""
+    record = trajectories_directory(run_dir) / RUN_YAML
+    if is_captured(run_dir) or not record.is_file():
+        return None
+    return completed(yaml.safe_load(record.read_text()))["generate"]["temperature"]

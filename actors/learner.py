@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -17,6 +19,7 @@ from torch import nn
 
 from actors.stop_request import StopRequest
 from unmask.config import DistillConfig, TrainingConfig
+from unmask.errors import UserError
 from unmask.files import write_json
 from unmask.provenance import PROVENANCE, RUN_YAML
 from unmask.training.budget import Budget
@@ -141,7 +144,7 @@ class Learner:
             elif saves:
                 # A device works behind the host until somebody reads from it: what a checkpoint would wait for is
                 # time of the steps.
-                float(window[-1]["loss"])
+                self._check_finite(window[-1])
             self.budget.seconds_used += time.monotonic() - start
             if saves:
                 self._save_checkpoint()
@@ -157,12 +160,24 @@ class Learner:
     def _record(self, log: TrainingLog | None, window: list[dict[str, float]]) -> dict[str, float]:
         """Means over the steps since the last record: single steps of a few blocks are too noisy to read."""
         means = {name: fmean(metrics[name] for metrics in window) for name in window[0]}
+        self._check_finite(means)
         if self.first_loss is None:
             self.first_loss = means["loss"]
         if log is not None:
             told = {"seconds": self.budget.seconds_used, "workers": self.world_size}
             log.record(self.trainer.steps_done, means | told)
         return means
+
+    def _check_finite(self, metrics: Mapping[str, float]) -> None:
+        """End a training that diverged, before its state takes the place of a sound one. Raises UserError."""
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(metrics[name]):
+                section = self.config.section if isinstance(self.config, TrainingConfig) else "distill"
+                raise UserError(
+                    f"{name} is {metrics[name]} by step {self.trainer.steps_done}: the training diverged; lower it, "
+                    "and start over with --fresh",
+                    field=f"{section}.learning_rate",
+                )
 
     def _progress(self) -> float:
         """Rank 0's view decides for all, so that every rank takes the same number of steps at the same rates."""

@@ -142,8 +142,8 @@ def confidence(bench: Benchmark, temperature: float) -> Outcome:
     trainer = bench.trainer(config, features, draft, head)
     run = bench.run(trainer, steps=bench.scale.second_steps)
     name = f"main, then a confidence head at T = {temperature:g}"
-    head.eval().requires_grad_(False)
-    return bench.measure(trainer.average, "ours", name, config, run, confidence=head), {"run": run}
+    average = trainer.average_confidence
+    return bench.measure(trainer.average, "ours", name, config, run, confidence=average), {"run": run}
 
 
 def speculators(bench: Benchmark, rate: float = PUBLISHED_RATE, *, wide: bool = False) -> Outcome:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from unmask.config import DistillConfig, DraftConfig
+from unmask.recipe import load_recipe
+
+_RECIPE = Path(__file__).parents[1] / "recipes" / "one_gpu.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +42,7 @@ class Scale:
 def full_scale() -> Scale:
     """One H100 or better: minutes for the main training, seconds for the others, half an hour in all."""
     memory_gb = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 80.0
-    config = DistillConfig(
-        max_steps=None, max_seconds=600, tokens_per_step=16384, anchors_per_step=2048, schedule="cosine",
-        warmup_fraction=0.04, ema=0.998, head_negatives=None, precision="bfloat16", compile=True,
-        feature_cache_gb=0.6 * memory_gb, feature_cache_device="training", use_gpu=True, cuda_graph=True,
-    )  # fmt: skip
+    config = replace(load_recipe(_RECIPE).distill, feature_cache_gb=0.6 * memory_gb)
     return Scale(
         "cuda", DraftConfig(num_layers=5, block_size=8), config, rows=1024, prompt_columns=408, max_new_tokens=256,
         train_prompts=None, own_prompts=4096, more_prompts=12288, broad_repeats=6, eval_prompts=128, real_prompts=8,

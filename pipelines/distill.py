@@ -7,6 +7,7 @@ forcing); without one, a DFlash draft from its target's. Every restart goes on f
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,23 +21,26 @@ from unmask.errors import ConfigError
 from unmask.recipe import to_tree
 from unmask.targets import describe_target, resolve_target, unused_special_token
 from unmask.teachers import check_writer, with_teacher
-from unmask.trajectories import trajectories_directory
+from unmask.trajectories import trajectories_digest, trajectories_directory
 
 if TYPE_CHECKING:
     from actors.diffusion_jobs import StudentJob
     from actors.draft_job import DraftJob
 
 
+logger = logging.getLogger(__name__)
+
+
 def distill(recipe: Recipe, run_dir: Path, *, fresh: bool = False) -> TrainingReport:
     """Train on `<run_dir>/trajectories` into `<run_dir>/draft/final`, or `<run_dir>/student/final`.
 
     Raises:
-        UserError: no trajectories, or those of another model; an earlier run with other settings, or a draft or student
-            that does not fit.
+        UserError: no trajectories, or those of another model; an earlier run with other settings or trajectories, or a
+            draft or student that does not fit.
         FaultError: workers died more than `max_failures` times.
         StoppedError: SIGTERM came, and the state was saved.
     """
-    trajectories_directory(run_dir)
+    texts = trajectories_digest(run_dir)
     run_dir = run_dir.absolute()
     if recipe.student is None:
         job, folder, sections = _draft_job, "draft", ("target", "draft", "distill")
@@ -45,19 +49,24 @@ def distill(recipe: Recipe, run_dir: Path, *, fresh: bool = False) -> TrainingRe
             recipe = replace(recipe, distill=recipe.distill.further())
     else:
         job, folder, sections = _student_job, "student", ("target", "student")
-    return train(recipe, "distill", run_dir / folder, sections, functools.partial(job, recipe, run_dir), fresh=fresh)
+    make_job = functools.partial(job, recipe, run_dir)
+    return train(recipe, "distill", run_dir / folder, sections, make_job, fresh=fresh, texts=texts)
 
 
 def _draft_job(recipe: Recipe, run_dir: Path) -> DraftJob:
     from transformers import AutoConfig, AutoTokenizer
 
     from actors.draft_job import DraftJob
+    from unmask.checkpoints import load_confidence
     from unmask.models.draft_start import draft_sizes
 
     target_path = resolve_target(recipe.target.model, recipe.target.revision)
     record = describe_target(target_path)
     check_writer(trajectories_directory(run_dir), record)
     tokenizer = AutoTokenizer.from_pretrained(target_path, local_files_only=True)
+    start = recipe.draft.go_on_from
+    if start and not recipe.distill.confidence_weight and load_confidence(start) is not None:
+        logger.warning("the confidence head of '%s' is left out: distill.confidence_weight is 0", start)
     mask = recipe.draft.mask_token_id
     mask = unused_special_token(tokenizer) if mask is None else mask
     return DraftJob(

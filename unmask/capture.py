@@ -95,7 +95,9 @@ class CaptureFolder:
 def rejected_anchors(request: ServedRequest) -> list[int]:
     """Indices into the response of the anchors whose blocks were not accepted whole.
 
-    None are known where steps went without a draft in between: verifications do not say where they began.
+    None are known where steps went without a draft in between, for verifications do not say where they began: tokens
+    are missing then. Where a last block that was cut short makes up for them nothing is noticed, and anchors behind
+    such a step are named a little early.
     """
     if 1 + sum(request.accepted) + len(request.accepted) < len(request.response_ids):
         return []

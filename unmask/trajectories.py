@@ -153,6 +153,13 @@ def trajectories_directory(run_dir: Path) -> Path:
     )
 
 
+def trajectories_digest(run_dir: Path) -> str:
+    """SHA-256 over the checksums of a run's finished shards, in order. Raises UserError if there are none."""
+    entries = Manifest.load(trajectories_directory(run_dir)).entries
+    sums = (entries[shard].sha256 for shard in sorted(entries))
+    return hashlib.sha256("\n".join(sums).encode()).hexdigest()
+
+
 def _write(directory: Path, path: Path, rows: Sequence[Trajectory], metadata: dict[bytes, str]) -> None:
     columns = {field.name: [getattr(row, field.name) for row in rows] for field in SCHEMA}
     columns["meta"] = [json.dumps(row.meta, default=str) for row in rows]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.training_tools import CONFIG, trainer
+from tests.training_tools import packed as packed_config
 from unmask.training.training_state import resume_state, save_state
 
 
@@ -66,11 +67,13 @@ def ranks(world, config, folder, steps, averages_gradients):
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("negatives", [10, None], ids=["drawn rows", "a confidence head"])
 def test_workers_that_come_and_go_take_the_steps_of_one(negatives, packed, averages_gradients, optimizer, tmp_path):
-    """2, then 1, then 2 workers against 1 throughout, with what is drawn at random and what is weighed over rows."""
+    """2, then 1, then 2 workers against 1 throughout, with what is drawn at random and what is weighed over rows: the
+    default objective in packed rows, the published one with the certainty term in padded ones."""
+    rows = {"rows_per_step": 4, "loss": "kl", "weighting": "first_miss"} if packed else {"sequences_per_step": 4}
     config = dataclasses.replace(
-        CONFIG, sequences_per_step=4, head_negatives=negatives, beta=0.5,
+        packed_config() if packed else CONFIG, head_negatives=negatives, beta=0.5, certainty_start=0.0,
         confidence_weight=0.5 if negatives is None else 0.0, grad_clip=1e9,
-        tokens_per_step=128 if packed else None, anchors_per_step=128, optimizer=optimizer,
+        optimizer=optimizer, **rows,
     )  # fmt: skip
     whole, norms = ranks(1, config, tmp_path / "whole", range(6), averages_gradients)
     parts = [

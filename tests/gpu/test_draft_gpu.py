@@ -11,8 +11,10 @@ import torch
 
 from benchmarks.draft_step import check_kernels
 from tests.draft_tools import VOCAB, tiny_pair
+from tests.training_tools import packed
 from unmask.config import DistillConfig
 from unmask.decoding.speculative import DraftState, speculative_decode
+from unmask.objectives.drafting import Gate
 from unmask.objectives.row_losses import LossName, RowObjective
 from unmask.training.chunked_head import chunked_rows, eager_rows
 from unmask.training.draft_trainer import DraftTrainer
@@ -92,14 +94,14 @@ def test_a_recorded_step_trains_like_one_that_is_launched() -> None:
     sequences = [
         TokenSequence(tuple(torch.randint(2, VOCAB, (60,), generator=generator).tolist()), 4) for _ in range(40)
     ]
-    shared = {"tokens_per_step": 256, "anchors_per_step": 128, "beta": 0.5, "certainty_ramp": 0.5, "use_gpu": True}
+    shared = {"beta": 0.5, "certainty_ramp": 0.5, "use_gpu": True}
     losses = []
     for recorded in (False, True):
         # The block-sparse kernel knows no heads below 16.
         target, draft = tiny_pair(num_heads=2)
         target.to("cuda")
         draft = copy.deepcopy(draft).to("cuda").train().requires_grad_(True)
-        config = dataclasses.replace(CONFIG, **shared, cuda_graph=recorded)
+        config = packed(CONFIG, tokens_per_step=256, **shared, cuda_graph=recorded)
         features = FeatureCache(
             target, SequenceSet(sequences, batch_size=1, seed=0, tokens_per_step=256), 10**8, device="cuda"
         )
@@ -171,12 +173,11 @@ DEFAULT = DistillConfig(
 )
 
 
-def test_the_default_recipe_recorded_and_compiled_trains_like_the_plain_one() -> None:
-    """KL up to the first miss by Muon in bfloat16, with the relative certainty term from the first step on: one that
-    came in later would raise the loss."""
-    config = dataclasses.replace(
-        DEFAULT, beta=0.5, gate="target_relative", certainty_start=0.0, learning_rate=2e-3, optimizer="muon"
-    )
+@pytest.mark.parametrize("gate", [DEFAULT.gate, "target_relative"])
+def test_the_default_recipe_recorded_and_compiled_trains_like_the_plain_one(gate: Gate) -> None:
+    """KL by Muon in bfloat16, with the certainty term from the first step on: one that came in later would raise the
+    loss."""
+    config = dataclasses.replace(DEFAULT, gate=gate, certainty_start=0.0, learning_rate=2e-3, optimizer="muon")
     losses = []
     for fast in (False, True):
         trainer = packed_trainer(dataclasses.replace(config, compile=fast, cuda_graph=fast))

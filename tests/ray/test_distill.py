@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -118,3 +119,14 @@ def test_another_setting_is_refused_by_name(run_dir: Path) -> None:
     finished = subprocess.run(command(run_dir, steps, "distill.seed=9"), capture_output=True, text=True, check=False)
     assert finished.returncode == 2
     assert finished.stderr.splitlines()[-1].startswith("error: distill.seed: is 9, but")
+
+
+def test_a_training_that_diverges_ends_and_says_so(run_dir: Path) -> None:
+    given = "distill.max_steps=40", "distill.log_every_steps=5", "distill.learning_rate=1e30", "distill.max_failures=0"
+    finished = subprocess.run(command(run_dir, *given, "--fresh"), capture_output=True, text=True, check=False)
+    assert finished.returncode == 2
+    said = finished.stderr.splitlines()[-1]
+    assert re.match(
+        r"error: distill\.learning_rate: (loss|grad_norm) is (nan|inf) by step \d+: the training diver", said
+    )
+    assert not (run_dir / "draft" / "final").exists()

@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.draft_job import DraftJob
+from actors.draft_job import DraftJob, _drawn_at
 from tests.draft_tools import record, tiny_pair
 from unmask.checkpoints import save_draft
 from unmask.errors import ConfigError
 from unmask.files import write_json
+from unmask.manifest import Manifest
 from unmask.objectives.confidence import ConfidenceHead
+from unmask.provenance import write_run
 from unmask.recipe import parse_recipe, to_tree
 from unmask.teachers import WRITER, check_writer
+from unmask.trajectories import write_shard
+from unmask.types import Trajectory
 
 
 def job(run_dir: Path, start: Path | None) -> DraftJob:
@@ -41,6 +45,26 @@ def test_a_draft_that_is_gone_on_with_keeps_what_it_knows_of_itself(tmp_path: Pa
         head = job(tmp_path, start)._first_confidence()
         assert not any(p.any() for p in head.parameters())
         assert head.bias.shape == known.bias.shape
+
+
+def trajectories(run_dir: Path, decode_config: str, tree: dict[str, object] | None) -> Path:
+    row = Trajectory(
+        sample_id="a", prompt_ids=[1], response_ids=[2], finish_reason="stop", num_forwards=1, teacher="t",
+        teacher_revision="r", decode_config=decode_config,
+    )  # fmt: skip
+    directory = run_dir / "trajectories"
+    Manifest({0: write_shard(directory, 0, [row], [])}).save(directory)
+    if tree is not None:
+        write_run(directory, tree)
+    return run_dir
+
+
+def test_a_head_is_of_the_temperature_at_which_its_text_was_drawn(tmp_path: Path) -> None:
+    warm: dict[str, object] = {"generate": {"temperature": 0.7}}
+    assert _drawn_at(trajectories(tmp_path / "warm", "d", warm)) == 0.7
+    assert _drawn_at(trajectories(tmp_path / "greedy", "d", {"generate": {}})) == 0.0
+    assert _drawn_at(trajectories(tmp_path / "unknown", "d", None)) is None
+    assert _drawn_at(trajectories(tmp_path / "captured", "served", warm)) is None
 
 
 def test_nobody_learns_from_what_another_model_wrote(tmp_path: Path) -> None:

@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.draft_tools import VOCAB, tiny_pair
-from tests.training_tools import CONFIG, responses, trainer
-from unmask.errors import UserError
+from tests.training_tools import CONFIG, packed, responses, trainer
+from unmask.config import DraftConfig
+from unmask.errors import CheckpointError, UserError
+from unmask.models.draft_start import draft_sizes, new_draft
+from unmask.objectives.drafting import choose_anchors
 from unmask.training.budget import Budget
 from unmask.training.drafting_forward import DraftingForward, training_blocks
 from unmask.training.feature_cache import FeatureCache
@@ -24,7 +27,7 @@ from unmask.training.training_state import resume_state, save_state
 
 def test_a_distance_to_the_target_needs_its_final_states():
     with pytest.raises(ValueError, match="final=True"):
-        trainer(dataclasses.replace(CONFIG, loss="kl"))
+        trainer(dataclasses.replace(CONFIG, loss="kl"), final=False)
 
 
 @settings(deadline=None, max_examples=25)
@@ -166,8 +169,7 @@ def test_features_that_are_kept_are_those_that_are_computed(tokens, final):
 
 
 def test_a_packed_step_learns():
-    config = dataclasses.replace(CONFIG, tokens_per_step=128, anchors_per_step=128, learning_rate=1e-2)
-    learner = trainer(config)
+    learner = trainer(packed(learning_rate=1e-2))
     losses = [learner.step(step / 12)["loss"] for step in range(12)]
     assert losses[-1] < 0.6 * losses[0]
 
@@ -242,9 +244,14 @@ def test_the_certainty_term_sharpens_what_is_right():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_resumed_run_is_bit_identical(tmp_path, optimizer):
-    config = dataclasses.replace(CONFIG, head_negatives=10, optimizer=optimizer)
+    config = dataclasses.replace(
+        CONFIG, confidence_weight=0.5, beta=0.5, certainty_start=0.1, optimizer=optimizer, loss="kl"
+    )
     unbroken = trainer(config)
-    losses = [unbroken.step(step / 40)["loss"] for step in range(6)]
+    reports = [unbroken.step(step / 40) for step in range(6)]
+    # The term comes in on the way.
+    assert [report["beta"] for report in reports] == [0, 0, 0, 0, 0.5, 0.5]
+    losses = [report["loss"] for report in reports]
     broken = trainer(config)
     for step in range(3):
         assert broken.step(step / 40)["loss"] == losses[step]
@@ -252,8 +259,52 @@ def test_a_resumed_run_is_bit_identical(tmp_path, optimizer):
     resumed = trainer(config)
     assert resume_state(tmp_path, resumed) == {"seconds_used": 3.5, "steps_done": 3}
     assert [resumed.step(step / 40)["loss"] for step in range(3, 6)] == losses[3:]
-    for ours, theirs in zip(resumed.average.parameters(), unbroken.average.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    for name in ("average", "average_confidence"):
+        pairs = zip(getattr(resumed, name).parameters(), getattr(unbroken, name).parameters(), strict=True)
+        assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def test_what_is_published_is_averaged_the_confidence_head_too():
+    learner = trainer(dataclasses.replace(CONFIG, confidence_weight=0.5, ema=0.8))
+    expected = [p.detach().clone() for p in learner.confidence.parameters()]
+    for step in range(60):
+        learner.step(step / 60)
+        decay = min(0.8, (step + 1) / (step + 11))
+        trained = zip(expected, learner.confidence.parameters(), strict=True)
+        expected = [decay * e + (1 - decay) * p.detach() for e, p in trained]
+    pairs = list(zip(learner.average_confidence.parameters(), expected, strict=True))
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs)
+    assert not any(torch.equal(p, e) for p, (_, e) in zip(learner.confidence.parameters(), pairs, strict=True))
+
+
+@pytest.mark.parametrize("tokens_per_step", [None, 64], ids=["padded", "packed"])
+def test_the_targets_state_of_a_row_predicts_its_label(tokens_per_step):
+    """What losses against the target's distribution are taken from, on text that is the target's own."""
+    target, draft = tiny_pair()
+    texts = responses()
+    sequences = SequenceSet(texts, batch_size=2, seed=0, tokens_per_step=tokens_per_step)
+    features = FeatureCache(target, sequences, 10**8, final=True)
+    batch = sequences.batch(sequences.rows(0))
+    anchors = choose_anchors(batch.response_BT, 6, torch.Generator().manual_seed(0))
+    blocks = training_blocks(batch, anchors, draft.config.block_size, draft.config.mask_token_id)
+    final = features.get(batch)[..., target.embedding.shape[1] * len(target.layer_ids) :]
+    rows = torch.arange(len(final))[:, None, None]
+    likeliest = (final[rows, blocks.before_BMK] @ target.lm_head.T).argmax(-1)
+    assert blocks.valid_BMK.sum() > 20
+    assert torch.equal(likeliest[blocks.valid_BMK], blocks.labels_BMK[blocks.valid_BMK])
+
+
+def test_a_start_from_blocks_of_other_weights_is_refused():
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 7}
+    fused = Phi3ForCausalLM(Phi3Config(**sizes, num_attention_heads=4, num_key_value_heads=4, pad_token_id=0))
+    shape = draft_sizes(fused.config, DraftConfig(num_layers=2, block_size=4, num_target_features=3), 39)
+    new_draft(shape, fused, "random", seed=0)
+    message = r"^draft\.init: blocks of a Phi3DecoderLayer have no 'self_attn\.\w_proj\.weight'.*draft\.init=random$"
+    with pytest.raises(CheckpointError, match=message):
+        new_draft(shape, fused, "target", seed=0)
 
 
 def test_only_sound_checkpoints_are_resumed(tmp_path):

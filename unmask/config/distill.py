@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from unmask.config.checks import require, require_labels, require_workers
@@ -178,11 +178,6 @@ class DistillConfig:
             "distill.optimizer",
             "name it beside learning_rate: on GPUs it is muon otherwise, whose rate is eight times adamw's",
         )
-        require(
-            self.loss != "ce" or self.target_temperature == 1,
-            "distill.target_temperature",
-            "must be 1 with loss: ce, which compares with the text's token alone; take kl, tv or lk_hybrid",
-        )
         require_labels(self.labels, "distill.labels")
         require(0 <= self.pace_smoothing <= 1, "distill.pace_smoothing", "must be in [0, 1]")
         require(0 <= self.ema < 1, "distill.ema", "must be in [0, 1)")
@@ -197,6 +192,24 @@ class DistillConfig:
             "distill.head_negatives",
             "must be null with a confidence head: among few tokens a draft seems to be right more often than it is",
         )
+        self._require_use()
+
+    def _require_use(self) -> None:
+        """Refuse what would be given in vain. Raises ConfigError."""
+        packed = self.tokens_per_step is not None
+        given = {
+            "target_temperature": (self.loss != "ce", "with loss: ce the text's token is compared with alone"),
+            "decay_gamma": (self.weighting == "decay", "it is of weighting: decay"),
+            "pace_smoothing": (self.weighting.startswith("d_pace"), "it is of weighting: d_pace"),
+            "gate_temperature": (self.gate == "target_relative", "it is of gate: target_relative"),
+            "rows_per_step": (packed, "it is of packed rows; give tokens_per_step, or sequences_per_step in its place"),
+            "anchors_per_step": (packed, "it is of packed rows; give tokens_per_step, or anchors_per_sequence"),
+            "anchors_per_sequence": (not packed, "packed rows (tokens_per_step) take anchors_per_step"),
+            "sequences_per_step": (not packed, "packed rows (tokens_per_step) take rows_per_step"),
+        }
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, (used, reason) in given.items():
+            require(used or getattr(self, name) == defaults[name], f"distill.{name}", f"has no effect: {reason}")
 
     @property
     def chosen_optimizer(self) -> Literal["adamw", "muon"]:

@@ -12,6 +12,7 @@ from unmask.config import DraftConfig
 from unmask.errors import CheckpointError
 from unmask.models.dflash import DFlashConfig, DFlashDraft, spread_layer_ids
 
+_HEAD_NORMS = ("q_norm.weight", "k_norm.weight")
 _STD = 0.02
 """Of random weights: that of transformers' models."""
 
@@ -59,6 +60,9 @@ def new_draft(config: DFlashConfig, target: PreTrainedModel, init: str, seed: in
     `init="target"` copies the last target blocks, the final norm, and lets `fc` pass on the last feature, so that
     training starts from a network that already reads the target's residual stream; `"random"` draws the weights of all
     linear layers from N(0, 0.02), with biases of 0 and norms of 1, as in the paper.
+
+    Raises:
+        CheckpointError: the target has fewer blocks than the draft, or blocks of other weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -87,9 +91,15 @@ def _copy_target(draft: DFlashDraft, target: PreTrainedModel) -> None:
             field="draft.num_layers",
         )
     for own, block in zip(draft.layers, blocks, strict=True):
-        names = own.state_dict()
+        names, weights = own.state_dict(), block.state_dict()
         # The target may lack the per-head norms (they start at 1) or hold biases, which the draft has not.
-        own.load_state_dict({n: t for n, t in block.state_dict().items() if n in names}, strict=False)
+        missing = [n for n in names if n not in weights and not n.endswith(_HEAD_NORMS)]
+        if missing:
+            raise CheckpointError(
+                f"blocks of a {type(block).__name__} have no '{missing[0]}' to start from; use draft.init=random",
+                field="draft.init",
+            )
+        own.load_state_dict({n: t for n, t in weights.items() if n in names}, strict=False)
     hidden = draft.config.hidden_size
     with torch.no_grad():
         draft.norm.weight.copy_(decoder.norm.weight)

@@ -86,6 +86,7 @@ class DraftTrainer:
             self._recorded = self._new_recording()
         self.optimizer = self._new_optimizer()
         self.average = copy.deepcopy(draft).requires_grad_(False)
+        self.average_confidence = None if confidence is None else copy.deepcopy(confidence).requires_grad_(False)
         self.steps_done = 0
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
@@ -210,7 +211,9 @@ class DraftTrainer:
         # Early on the average follows closely, so that it does not remember the initial weights.
         decay = min(self.config.ema, self.steps_done / (self.steps_done + 10))
         averaged: list[Tensor] = [*self.average.parameters()]
-        trained: list[Tensor] = [p.detach() for p in self.draft.parameters()]
+        if self.average_confidence is not None:
+            averaged += self.average_confidence.parameters()
+        trained: list[Tensor] = [p.detach() for p in self._trained]
         torch._foreach_lerp_(averaged, trained, 1 - decay)
 
     def _anchors(self, batch: Batch) -> Tensor:
@@ -235,7 +238,10 @@ class DraftTrainer:
             "optimizer": self.optimizer.state_dict(),
             "steps_done": self.steps_done,
         }
-        return state | ({"confidence": self.confidence.state_dict()} if self.confidence is not None else {})
+        if self.confidence is not None and self.average_confidence is not None:
+            state["confidence"] = self.confidence.state_dict()
+            state["average_confidence"] = self.average_confidence.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
@@ -248,8 +254,10 @@ class DraftTrainer:
         for group in self.optimizer.param_groups:
             # The optimiser has taken a copy.
             group["lr"] = self._rate
-        if self.confidence is not None:
+        if self.confidence is not None and self.average_confidence is not None:
             self.confidence.load_state_dict(state["confidence"])
+            # States of before the head was averaged have its weights alone.
+            self.average_confidence.load_state_dict(state.get("average_confidence", state["confidence"]))
         self.steps_done = state["steps_done"]
 
 
