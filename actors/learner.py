@@ -172,11 +172,10 @@ class Learner:
         """End a training that diverged, before its state takes the place of a sound one. Raises UserError."""
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
-                section = self.config.section if isinstance(self.config, TrainingConfig) else "distill"
                 raise UserError(
                     f"{name} is {metrics[name]} by step {self.trainer.steps_done}: the training diverged; lower it, "
                     "and start over with --fresh",
-                    field=f"{section}.learning_rate",
+                    field=f"{self.config.section}.learning_rate",
                 )
 
     def _progress(self) -> float:

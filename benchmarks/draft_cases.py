@@ -220,20 +220,21 @@ def lasting(bench: Benchmark, line: int, seed: int) -> Outcome:
     main training."""
     name, change = ABLATIONS[line]
     config = replace(bench.scale.config, seed=seed, **(PUBLISHED | change))
-    steps = 3 * bench.scale.comparison_steps
-    trainer = bench.trainer(config, bench.features(every=2), bench.new_draft(config.seed))
-    run = bench.run(trainer, steps=steps)
-    recipe = f"{name}, default optimiser, {steps} steps"
-    return _on_all_sets(bench, trainer.average, recipe, config, run), {"run": run}
+    return _on_every_other(bench, f"{name}, default optimiser", config, 3)
 
 
 def objective(bench: Benchmark, name: str, times: int, seed: int) -> Outcome:
     """An objective by the default optimiser, for a multiple of the steps of `equal`, on the texts of `lasting`."""
     config = replace(bench.scale.config, seed=seed, **OBJECTIVES[name])
+    return _on_every_other(bench, f"objective {name}", config, times)
+
+
+def _on_every_other(bench: Benchmark, recipe: str, config: DistillConfig, times: int) -> Outcome:
+    """A new draft on every other text of the main training, for a multiple of the steps of `equal`."""
     steps = times * bench.scale.comparison_steps
     trainer = bench.trainer(config, bench.features(every=2), bench.new_draft(config.seed))
     run = bench.run(trainer, steps=steps)
-    return _on_all_sets(bench, trainer.average, f"objective {name}, {steps} steps", config, run), {"run": run}
+    return _on_all_sets(bench, trainer.average, f"{recipe}, {steps} steps", config, run), {"run": run}
 
 
 def further(bench: Benchmark, by: str) -> Outcome:

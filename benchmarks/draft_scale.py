@@ -40,11 +40,12 @@ class Scale:
 
 
 def full_scale() -> Scale:
-    """One H100 or better: minutes for the main training, seconds for the others, half an hour in all."""
+    """One H100 or better: four minutes for a main training, half a minute for most others, hours for all cases."""
     memory_gb = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 80.0
-    config = replace(load_recipe(_RECIPE).distill, feature_cache_gb=0.6 * memory_gb)
+    recipe = load_recipe(_RECIPE)
+    config = replace(recipe.distill, feature_cache_gb=0.6 * memory_gb)
     return Scale(
-        "cuda", DraftConfig(num_layers=5, block_size=8), config, rows=1024, prompt_columns=408, max_new_tokens=256,
+        "cuda", recipe.draft, config, rows=1024, prompt_columns=408, max_new_tokens=256,
         train_prompts=None, own_prompts=4096, more_prompts=12288, broad_repeats=6, eval_prompts=128, real_prompts=8,
         main_seconds=240, comparison_steps=600, ablation_steps=300, second_steps=800,
     )  # fmt: skip

@@ -34,7 +34,7 @@ def responses(count=8, length=14):
     return sequences
 
 
-def packed(config=CONFIG, **changes):
+def packed_config(config=CONFIG, **changes):
     """The same in packed rows."""
     given = {"tokens_per_step": 128, "anchors_per_step": 128, "anchors_per_sequence": 16, "sequences_per_step": 2}
     return dataclasses.replace(config, **(given | changes))

@@ -8,8 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from tests.training_tools import CONFIG, trainer
-from tests.training_tools import packed as packed_config
+from tests.training_tools import CONFIG, packed_config, trainer
 from unmask.training.training_state import resume_state, save_state
 
 

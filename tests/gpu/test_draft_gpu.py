@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.draft_step import check_kernels
 from tests.draft_tools import VOCAB, tiny_pair
-from tests.training_tools import packed
+from tests.training_tools import packed_config
 from unmask.config import DistillConfig
 from unmask.decoding.speculative import DraftState, speculative_decode
 from unmask.objectives.drafting import Gate
@@ -101,7 +101,7 @@ def test_a_recorded_step_trains_like_one_that_is_launched() -> None:
         target, draft = tiny_pair(num_heads=2)
         target.to("cuda")
         draft = copy.deepcopy(draft).to("cuda").train().requires_grad_(True)
-        config = packed(CONFIG, tokens_per_step=256, **shared, cuda_graph=recorded)
+        config = packed_config(CONFIG, tokens_per_step=256, **shared, cuda_graph=recorded)
         features = FeatureCache(
             target, SequenceSet(sequences, batch_size=1, seed=0, tokens_per_step=256), 10**8, device="cuda"
         )

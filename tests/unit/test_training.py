@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.draft_tools import VOCAB, tiny_pair
-from tests.training_tools import CONFIG, packed, responses, trainer
+from tests.training_tools import CONFIG, packed_config, responses, trainer
 from unmask.config import DraftConfig
 from unmask.errors import CheckpointError, UserError
 from unmask.models.draft_start import draft_sizes, new_draft
@@ -169,7 +169,7 @@ def test_features_that_are_kept_are_those_that_are_computed(tokens, final):
 
 
 def test_a_packed_step_learns():
-    learner = trainer(packed(learning_rate=1e-2))
+    learner = trainer(packed_config(learning_rate=1e-2))
     losses = [learner.step(step / 12)["loss"] for step in range(12)]
     assert losses[-1] < 0.6 * losses[0]
 

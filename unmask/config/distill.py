@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from unmask.config.checks import require, require_labels, require_workers
 
@@ -42,6 +42,8 @@ class DistillConfig:
     """Training of the draft. Defaults suit a few CPU minutes; loss, weighting and certainty term are the best of
     `benchmarks.draft_quality`, and `published()` is the paper's recipe."""
 
+    section: ClassVar[str] = "distill"
+    """See TrainingConfig."""
     max_steps: int | None = None
     max_seconds: float | None = 300.0
     """Budget of optimiser time (loading and features not counted); the first limit reached ends the run."""
